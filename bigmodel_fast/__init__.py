@@ -1,0 +1,23 @@
+"""Fast attention, MLP, norm and loss operators for PyTorch on CPU and NVIDIA GPUs, and training commands over them."""
+
+__version__ = "0.1.0"
+
+from . import ops
+from ._dispatch import explain
+from ._library import build_info, cpu_isa
+
+__all__ = ["__version__", "build_info", "cpu_isa", "explain", "ops"]
+
+_SUBMODULES = ("data", "models", "nn", "optim", "train")
+
+
+def __getattr__(name: str):
+    if name in _SUBMODULES:
+        import importlib
+
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_SUBMODULES])

@@ -1,0 +1,77 @@
+"""Which path an operator takes, and the record of it that `explain()` shows."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+_BACKENDS = ("native", "reference")
+_calls: Counter[tuple[str, str, str]] = Counter()
+
+
+def _forced_backend() -> str | None:
+    forced = os.environ.get("BMF_BACKEND") or None
+    if forced is not None and forced not in _BACKENDS:
+        raise ValueError(f"BMF_BACKEND must be one of {', '.join(_BACKENDS)}, not {forced!r}")
+    return forced
+
+
+_forced = _forced_backend()
+
+
+def use_native(op: str, reason: str | None) -> bool:
+    """True if `op` runs its kernel. `reason` says why the kernel does not cover this call, or is None."""
+    if _forced == "reference":
+        reason = "BMF_BACKEND=reference"
+    if not torch.compiler.is_compiling():
+        _calls[(op, "reference" if reason else "native", reason or "")] += 1
+    return reason is None
+
+
+def unsupported(*tensors: torch.Tensor | None) -> str | None:
+    """Why no kernel takes these tensors together, by device and dtype; None if one does."""
+    for t in tensors:
+        if t is None:
+            continue
+        if t.device.type != "cpu":
+            return f"no kernel for device {t.device.type}"
+        if t.dtype not in (torch.float32, torch.bfloat16):
+            return f"no kernel for {t.dtype}"
+    return None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One row of `explain()`: how often an operator took a path, and why if it was not the kernel."""
+
+    op: str
+    path: str
+    reason: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain()` returns; `str()` gives a table."""
+
+    calls: tuple[Call, ...]
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return "no operator has been called yet"
+        rows = [("operator", "path", "calls", "why not the kernel")]
+        rows += [(c.op, c.path, str(c.count), c.reason) for c in self.calls]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def explain(*, reset: bool = False) -> Explanation:
+    """Which path each operator has taken since import (or since the last reset), and why.
+
+    Calls inside a `torch.compile` graph are not recorded.
+    """
+    calls = tuple(Call(op, path, reason, n) for (op, path, reason), n in sorted(_calls.items()))
+    if reset:
+        _calls.clear()
+    return Explanation(calls)

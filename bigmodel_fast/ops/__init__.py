@@ -1,0 +1,24 @@
+"""The operators. Each file holds one: its equation, its readable reference, and the public function."""
+
+from .attention import attention, attention_varlen
+from .cross_entropy import cross_entropy
+from .gated_mlp import gated_mlp
+from .layer_norm import layer_norm
+from .linear import linear
+from .linear_cross_entropy import linear_cross_entropy
+from .mlp import mlp
+from .rms_norm import rms_norm
+from .rotary import rotary
+
+__all__ = [
+    "attention",
+    "attention_varlen",
+    "cross_entropy",
+    "gated_mlp",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "mlp",
+    "rms_norm",
+    "rotary",
+]

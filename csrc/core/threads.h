@@ -1,0 +1,61 @@
+// Threads: how a kernel runs in parallel without knowing whose threads they are. The operator layer fills it with torch's
+// own pool; a C++ test fills it with a plain loop or std::thread.
+#pragma once
+#include <cstdint>
+
+namespace bmf {
+
+struct Threads {
+  int count;  // upper bound of `thread` below
+  // Calls body(thread, arg) once for each thread in [0, count), possibly one after the other: no barrier inside a body.
+  void (*launch)(int count, void (*body)(int thread, void* arg), void* arg);
+};
+
+}  // namespace bmf
+
+#ifdef BMF_ISA  // the templates below exist per instruction set
+namespace bmf::BMF_ISA {
+
+// f(thread) on each of `count` threads.
+template <class Body>
+inline void parallel(const Threads& threads, int count, const Body& f) {
+  if (count <= 1) {
+    f(0);
+    return;
+  }
+  threads.launch(count, [](int thread, void* arg) { (*static_cast<const Body*>(arg))(thread); },
+                 const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+// f(begin, end, thread) over contiguous shares of [0, n), none smaller than `grain`.
+template <class Body>
+inline void parallel_ranges(const Threads& threads, int64_t n, int64_t grain, const Body& f) {
+  int64_t most = grain > 0 ? (n + grain - 1) / grain : n;
+  int count = static_cast<int>(most < threads.count ? most : threads.count);
+  if (count < 1) count = 1;
+  auto body = [&](int thread) {
+    int64_t begin = n * thread / count, end = n * (thread + 1) / count;
+    if (begin < end) f(begin, end, thread);
+  };
+  parallel(threads, count, body);
+}
+
+// A counter that hands out tasks [0, n) to whichever thread is free; on a cache line of its own.
+struct alignas(128) TaskCounter {
+  int64_t next = 0;
+  int64_t take() { return __atomic_fetch_add(&next, int64_t{1}, __ATOMIC_RELAXED); }
+};
+
+// f(task, thread) for each task in [0, n), in ascending order of start: put the longest tasks first.
+template <class Body>
+inline void parallel_tasks(const Threads& threads, int64_t n, const Body& f) {
+  int count = static_cast<int>(n < threads.count ? n : threads.count);
+  TaskCounter counter;
+  auto body = [&](int thread) {
+    for (int64_t task = counter.take(); task < n; task = counter.take()) f(task, thread);
+  };
+  parallel(threads, count, body);
+}
+
+}  // namespace bmf::BMF_ISA
+#endif

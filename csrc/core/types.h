@@ -1,0 +1,17 @@
+// Plain types that cross the border between the operator layer and the kernels. No functions here: this header is compiled
+// under different instruction sets, and an inline function shared by two of them could be linked in the wrong version.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace bmf {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+enum class Dtype : int32_t { float32, bfloat16 };
+
+enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu, sigmoid, tanh, relu2 };
+
+}  // namespace bmf

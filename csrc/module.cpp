@@ -1,0 +1,33 @@
+// The pybind11 module bigmodel_fast._C: what is not a tensor operator. Importing it also loads the operator library, which
+// registers torch.ops.bigmodel_fast.*; `import torch` must have come first.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "core/isa.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native side of bigmodel_fast: instruction sets and build information.";
+  bmf::active_isa();  // a wrong BMF_CPU_ISA is an error now, not at the first operator
+  m.def("cpu_isa", [] { return bmf::isa_name(bmf::active_isa()); }, "Instruction set the CPU kernels use.");
+  m.def("set_cpu_isa", &bmf::set_isa, py::arg("name"), "Force an instruction set; ValueError if this machine lacks it.");
+  m.def(
+      "supported_cpu_isas",
+      [] {
+        std::vector<std::string> names;
+        for (int i = 0; i < bmf::kIsaCount; ++i)
+          if (auto isa = static_cast<bmf::Isa>(i); bmf::isa_supported(isa)) names.push_back(bmf::isa_name(isa));
+        return names;
+      },
+      "Instruction sets compiled in that this machine has, slowest first.");
+  py::dict build;
+  build["compiler"] = BMF_COMPILER;
+  build["torch_built_with"] = BMF_TORCH_VERSION;
+  build["torch_target"] = BMF_TORCH_TARGET;
+  build["cuda"] = BMF_HAS_CUDA != 0;
+  m.attr("build_info") = build;
+}

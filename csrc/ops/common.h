@@ -1,0 +1,52 @@
+// What every operator file needs: the stable-ABI headers, torch's threads as bmf::Threads, tensor checks and allocation.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+
+#include "core/isa.h"
+#include "core/threads.h"
+#include "core/types.h"
+
+namespace bmf {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// torch's thread pool, at torch.get_num_threads() threads. Inside a parallel region everything runs on the caller.
+inline Threads torch_threads() {
+  auto launch = [](int count, void (*body)(int, void*), void* arg) {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(static_cast<int>(i), arg);
+    });
+  };
+  return Threads{static_cast<int>(torch::stable::get_num_threads()), launch};
+}
+
+// The kernels' own dtypes. Anything else must have gone to the reference before an operator is called.
+inline Dtype kernel_dtype(const Tensor& t, const char* op, const char* name) {
+  if (t.scalar_type() == ScalarType::Float) return Dtype::float32;
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::BFloat16, op, ": ", name, " must be float32 or bfloat16");
+  return Dtype::bfloat16;
+}
+
+inline void check_contiguous(const Tensor& t, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
+}
+
+template <class T>
+inline T* optional_data(const std::optional<Tensor>& t) {
+  return t ? static_cast<T*>(t->data_ptr()) : nullptr;
+}
+
+Activation parse_activation(const std::string& name);  // throws for an unknown name
+
+// As torch.empty, but asks the kernel for huge pages where the tensor is large: fresh gradients are then not paid for in
+// page faults.
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like);
+
+}  // namespace bmf
