@@ -24,7 +24,8 @@ Isa parse(const char* name, const char* source) {
     if (std::strcmp(kNames[i], name) == 0) return isa;
     supported += (supported.empty() ? "" : ", ") + std::string(kNames[i]);
   }
-  throw std::invalid_argument(std::string(source) + ": '" + name + "' cannot be used on this machine; it has " + supported);
+  throw std::invalid_argument(std::string(source) + ": '" + name + "' cannot be used on this machine; it has " +
+                              supported);
 }
 
 Isa initial_isa() {

@@ -1,6 +1,7 @@
-// One register of floats, written once for every instruction set: GCC/Clang vector extensions give the arithmetic, the few
-// operations they lack (fused multiply-add, rounding, bf16 conversion, masked tails) are chosen here by BMF_ISA.
-// Everything lives in namespace bmf::BMF_ISA, so that code compiled for one instruction set is never linked into another.
+// One register of floats, written once for every instruction set: GCC/Clang vector extensions give the arithmetic, the
+// few operations they lack (fused multiply-add, rounding, bf16 conversion, masked tails) are chosen here by BMF_ISA.
+// Everything lives in namespace bmf::BMF_ISA, so that code compiled for one instruction set is never linked into
+// another.
 #pragma once
 #include <cstdint>
 
@@ -40,9 +41,11 @@ BMF_INLINE Vec select(VecI mask, Vec yes, Vec no) { return mask ? yes : no; }
 
 BMF_INLINE Vec fma(Vec a, Vec b, Vec c) {  // a * b + c
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vec>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+  return reinterpret_cast<Vec>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
 #elif defined(__AVX2__)
-  return reinterpret_cast<Vec>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+  return reinterpret_cast<Vec>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
 #else
   return a * b + c;
 #endif
@@ -68,7 +71,7 @@ BMF_INLINE Vec min(Vec a, Vec b) {  // the second operand where either is NaN
 #endif
 }
 
-BMF_INLINE Vec round_nearest(Vec x) {  // |x| < 2^22
+BMF_INLINE Vec round_nearest(Vec x) {        // |x| < 2^22
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: the sum has no fraction bits left
   Vec shifted = x + magic;
   __asm__("" : "+x"(shifted));  // keep the compiler from cancelling the two additions
@@ -182,7 +185,8 @@ BMF_INLINE void store_lanes(T* p, Vec v, int lanes) {
     store_partial(p, v, lanes);
 }
 
-// ---- horizontal ------------------------------------------------------------------------------------------------------
+// ---- horizontal
+// ------------------------------------------------------------------------------------------------------
 
 BMF_INLINE float sum(Vec v) {
 #if defined(__AVX512F__)
@@ -206,7 +210,8 @@ BMF_INLINE float max_lane(Vec v) {
 #endif
 }
 
-// ---- functions -------------------------------------------------------------------------------------------------------
+// ---- functions
+// -------------------------------------------------------------------------------------------------------
 
 // e^x within 1 ulp or so; 0 below -104, inf above 88.7; NaN stays NaN.
 BMF_INLINE Vec exp(Vec x) {
@@ -224,7 +229,8 @@ BMF_INLINE Vec exp(Vec x) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
 #else
-  const VecI k = __builtin_convertvector(n == n ? n : Vec{}, VecI);  // 2^k in two halves: k may leave the exponent's range
+  const VecI k =
+      __builtin_convertvector(n == n ? n : Vec{}, VecI);  // 2^k in two halves: k may leave the exponent's range
   const VecI half = k >> 1;
   return p * as_float((half + 127) << 23) * as_float((k - half + 127) << 23);
 #endif

@@ -1,5 +1,5 @@
-// Threads: how a kernel runs in parallel without knowing whose threads they are. The operator layer fills it with torch's
-// own pool; a C++ test fills it with a plain loop or std::thread.
+// Threads: how a kernel runs in parallel without knowing whose threads they are. The operator layer fills it with
+// torch's own pool; a C++ test fills it with a plain loop or std::thread.
 #pragma once
 #include <cstdint>
 
@@ -23,8 +23,9 @@ inline void parallel(const Threads& threads, int count, const Body& f) {
     f(0);
     return;
   }
-  threads.launch(count, [](int thread, void* arg) { (*static_cast<const Body*>(arg))(thread); },
-                 const_cast<void*>(static_cast<const void*>(&f)));
+  threads.launch(
+      count, [](int thread, void* arg) { (*static_cast<const Body*>(arg))(thread); },
+      const_cast<void*>(static_cast<const void*>(&f)));
 }
 
 // f(begin, end, thread) over contiguous shares of [0, n), none smaller than `grain`.

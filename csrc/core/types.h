@@ -1,5 +1,6 @@
-// Plain types that cross the border between the operator layer and the kernels. No functions here: this header is compiled
-// under different instruction sets, and an inline function shared by two of them could be linked in the wrong version.
+// Plain types that cross the border between the operator layer and the kernels. No functions here: this header is
+// compiled under different instruction sets, and an inline function shared by two of them could be linked in the wrong
+// version.
 #pragma once
 #include <cstddef>
 #include <cstdint>

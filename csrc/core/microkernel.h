@@ -1,0 +1,75 @@
+// The one matrix-product kernel of each instruction set: rows x kPanel of C from `units` units of A's rows and one
+// packed panel of B, all sums in registers.
+//
+// On AVX-512 that is 6 x 64: 24 registers of sums, 4 of B, 1 broadcast unit of A, which gives 24 multiply-adds for 10
+// loads.
+#pragma once
+#include "core/pack.h"
+
+namespace bmf::BMF_ISA {
+
+// One 32-bit unit of A in every lane. memcpy: rows of bf16 may start on a 2-byte boundary.
+BMF_INLINE Vec broadcast_unit(const char* p) {
+  int32_t bits;
+  __builtin_memcpy(&bits, p, 4);
+  return as_float(bits - VecI{});
+}
+
+template <class Mode, int kR, int kV, bool kAccumulate>
+void micro_tile(const char* a, int64_t a_stride, const float* panel, int64_t units, float* c, int64_t c_stride) {
+  Vec acc[kR][kV];
+#pragma GCC unroll 8
+  for (int r = 0; r < kR; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v) acc[r][v] = kAccumulate ? load(c + r * c_stride + v * kLanes) : Vec{};
+  for (int64_t u = 0; u < units; ++u) {
+    Vec b[kV];
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v) b[v] = load(panel + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kR; ++r) {
+      const Vec unit = broadcast_unit(a + r * a_stride);
+#pragma GCC unroll 4
+      for (int v = 0; v < kV; ++v) acc[r][v] = Mode::dot(unit, b[v], acc[r][v]);
+    }
+    a += 4;
+    panel += kPanel;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kR; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v) store(c + r * c_stride + v * kLanes, acc[r][v]);
+}
+
+template <class Mode, bool kAccumulate, int kR, int kV>
+BMF_INLINE void micro_for_vecs(int vecs, const char* a, int64_t a_stride, const float* panel, int64_t units, float* c,
+                               int64_t c_stride) {
+  if constexpr (kV > 1)
+    if (vecs < kV) return micro_for_vecs<Mode, kAccumulate, kR, kV - 1>(vecs, a, a_stride, panel, units, c, c_stride);
+  micro_tile<Mode, kR, kV, kAccumulate>(a, a_stride, panel, units, c, c_stride);
+}
+
+template <class Mode, bool kAccumulate, int kR>
+BMF_INLINE void micro_for_rows(int rows, int vecs, const char* a, int64_t a_stride, const float* panel, int64_t units,
+                               float* c, int64_t c_stride) {
+  if constexpr (kR > 1)
+    if (rows < kR) return micro_for_rows<Mode, kAccumulate, kR - 1>(rows, vecs, a, a_stride, panel, units, c, c_stride);
+  micro_for_vecs<Mode, kAccumulate, kR, kPanelVecs>(vecs, a, a_stride, panel, units, c, c_stride);
+}
+
+// c[rows][cols] (+)= A B for any number of rows and cols <= kPanel. A: rows of units, `a_stride` bytes apart; B: one
+// packed panel; C: float rows `c_stride` floats apart, of which whole registers are written (room for cols rounded up
+// to kLanes).
+template <class Mode, bool kAccumulate>
+inline void multiply_panel(const void* a, int64_t a_stride, const float* panel, int64_t units, int64_t rows, int cols,
+                           float* c, int64_t c_stride) {
+  const int vecs = (cols + kLanes - 1) / kLanes;
+  const char* row = static_cast<const char*>(a);
+  for (int64_t r = 0; r < rows; r += kRows) {
+    const int here = rows - r < kRows ? static_cast<int>(rows - r) : kRows;
+    micro_for_rows<Mode, kAccumulate, kRows>(here, vecs, row + r * a_stride, a_stride, panel, units, c + r * c_stride,
+                                             c_stride);
+  }
+}
+
+}  // namespace bmf::BMF_ISA
