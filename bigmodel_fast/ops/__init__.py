@@ -1,5 +1,6 @@
 """The operators. Each file holds one: its equation, its readable reference, and the public function."""
 
+from .. import _library  # noqa: F401  (the native operators: fake kernels below are registered for them)
 from .attention import attention, attention_varlen
 from .cross_entropy import cross_entropy
 from .gated_mlp import gated_mlp

@@ -166,12 +166,44 @@ BMF_INLINE void store_partial(bf16* p, Vec v, int n) {
 #endif
 }
 
+// x rounded to the precision of T, in which it is about to be stored.
+template <class T>
+BMF_INLINE Vec round_to(Vec x) {
+  if constexpr (sizeof(T) == 2)
+    return widen(narrow(x));
+  else
+    return x;
+}
+
+// f(T{}) where T is the C++ type of `dtype`.
+template <class Body>
+BMF_INLINE void with_type(Dtype dtype, Body&& f) {
+  if (dtype == Dtype::float32)
+    f(float{});
+  else
+    f(bf16{});
+}
+
 // f(i, lanes) for i = 0, kLanes, 2 kLanes, ... below n; lanes is kLanes but for the last call, where it may be fewer.
 template <class Body>
 BMF_INLINE void for_lanes(int64_t n, Body&& f) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
   if (i < n) f(i, static_cast<int>(n - i));
+}
+// As for_lanes; f also gets a number that cycles through 0..3, the accumulator to add to, so that one sum does not wait
+// for the one before it.
+template <class Body>
+BMF_INLINE void for_lanes_by_four(int64_t n, Body&& f) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    f(i, kLanes, 0);
+    f(i + kLanes, kLanes, 1);
+    f(i + 2 * kLanes, kLanes, 2);
+    f(i + 3 * kLanes, kLanes, 3);
+  }
+  for (; i + kLanes <= n; i += kLanes) f(i, kLanes, 0);
+  if (i < n) f(i, static_cast<int>(n - i), 0);
 }
 template <class T>
 BMF_INLINE Vec load_lanes(const T* p, int lanes) {

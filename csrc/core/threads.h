@@ -28,17 +28,18 @@ inline void parallel(const Threads& threads, int count, const Body& f) {
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 
-// f(begin, end, thread) over contiguous shares of [0, n), none smaller than `grain`.
+// f(begin, end, thread) over contiguous shares of [0, n), none smaller than `grain`. Returns how many threads had one.
 template <class Body>
-inline void parallel_ranges(const Threads& threads, int64_t n, int64_t grain, const Body& f) {
+inline int parallel_ranges(const Threads& threads, int64_t n, int64_t grain, const Body& f) {
   int64_t most = grain > 0 ? (n + grain - 1) / grain : n;
   int count = static_cast<int>(most < threads.count ? most : threads.count);
-  if (count < 1) count = 1;
+  if (count < 1) count = 1;  // n is 0: f is not called
   auto body = [&](int thread) {
     int64_t begin = n * thread / count, end = n * (thread + 1) / count;
     if (begin < end) f(begin, end, thread);
   };
   parallel(threads, count, body);
+  return n > 0 ? count : 0;
 }
 
 // A counter that hands out tasks [0, n) to whichever thread is free; on a cache line of its own.

@@ -13,6 +13,13 @@ struct bf16 {
 
 enum class Dtype : int32_t { float32, bfloat16 };
 
+// Rows of contiguous elements, `stride` elements apart. data is null where an optional operand is absent.
+struct Rows {
+  void* data;
+  int64_t stride;
+  Dtype dtype;
+};
+
 enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu, sigmoid, tanh, relu2 };
 
 }  // namespace bmf

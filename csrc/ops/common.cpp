@@ -2,8 +2,6 @@
 
 #include <sys/mman.h>
 
-#include <vector>
-
 namespace bmf {
 
 Activation parse_activation(const std::string& name) {
@@ -18,8 +16,26 @@ Activation parse_activation(const std::string& name) {
   STD_TORCH_CHECK(false, "unknown activation '", name, "'");
 }
 
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
-  Tensor t = torch::stable::new_empty(like, std::vector<int64_t>(sizes), dtype);
+RowTensor row_tensor(const Tensor& t, const char* op, const char* name) {
+  const Dtype dtype = kernel_dtype(t, op, name);
+  const int64_t last = t.dim() - 1, width = t.size(last);
+  const int64_t count = width == 0 ? 0 : t.numel() / width;
+  int64_t stride = width, next = 0;  // next: the stride that the dimension before must have to be folded
+  bool foldable = width == 1 || t.stride(last) == 1;
+  bool seen = false;
+  for (int64_t d = last - 1; d >= 0; --d) {
+    if (t.size(d) == 1) continue;
+    if (!seen) stride = t.stride(d);
+    foldable = foldable && (!seen || t.stride(d) == next);
+    next = t.stride(d) * t.size(d);
+    seen = true;
+  }
+  if (!foldable && t.numel() > 0) return row_tensor(torch::stable::contiguous(t), op, name);
+  return {t, Rows{t.data_ptr(), stride, dtype}, count, width};
+}
+
+Tensor empty(Sizes sizes, ScalarType dtype, const Tensor& like) {
+  Tensor t = torch::stable::new_empty(like, sizes, dtype);
   constexpr size_t kHugePage = size_t{2} << 20;
   const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
   if (bytes >= 4 * kHugePage) {

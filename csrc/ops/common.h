@@ -1,9 +1,11 @@
-// What every operator file needs: the stable-ABI headers, torch's threads as bmf::Threads, tensor checks and allocation.
+// What every operator file needs: the stable-ABI headers, torch's threads as bmf::Threads, tensor checks and
+// allocation.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/HeaderOnlyArrayRef.h>
 
 #include <optional>
 #include <string>
@@ -45,8 +47,19 @@ inline T* optional_data(const std::optional<Tensor>& t) {
 
 Activation parse_activation(const std::string& name);  // throws for an unknown name
 
-// As torch.empty, but asks the kernel for huge pages where the tensor is large: fresh gradients are then not paid for in
-// page faults.
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like);
+// A tensor seen as rows of its last dimension. Leading dimensions are folded into one; where the strides allow no such
+// view, `held` is a contiguous copy.
+struct RowTensor {
+  Tensor held;
+  Rows rows;
+  int64_t count, width;
+};
+RowTensor row_tensor(const Tensor& t, const char* op, const char* name);
+
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// As torch.empty, but asks the kernel for huge pages where the tensor is large: fresh gradients are then not paid for
+// in page faults.
+Tensor empty(Sizes sizes, ScalarType dtype, const Tensor& like);
 
 }  // namespace bmf
