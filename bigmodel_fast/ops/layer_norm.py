@@ -3,16 +3,98 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _dispatch
+from . import _checks
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float = 1e-5, residual: Tensor | None = None):
-    """Plain torch; y in x's dtype, the sum in the promoted dtype of x and residual."""
+def reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float = 1e-5, residual: Tensor | None = None
+):
+    """Plain torch; y in x's dtype (autocast's within it), the sum in the promoted dtype of x and residual."""
     s = x if residual is None else x.to(torch.promote_types(x.dtype, residual.dtype)) + residual
-    compute = torch.promote_types(s.dtype, weight.dtype)
-    y = F.layer_norm(s.to(compute), (s.shape[-1],), weight.to(compute), None if bias is None else bias.to(compute), eps)
-    y = y.to(x.dtype)
+    wide = s.to(torch.promote_types(s.dtype, torch.float32))
+    weight, bias = (None if t is None else t.to(wide.dtype) for t in (weight, bias))
+    y = F.layer_norm(wide, (s.shape[-1],), weight, bias, eps).to(_checks.autocast_dtype(x) or x.dtype)
     return y if residual is None else (y, s)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float = 1e-5, residual: Tensor | None = None):
-    return reference(x, weight, bias, eps=eps, residual=residual)
+@torch.library.register_fake("bigmodel_fast::layer_norm_fwd")
+def _(x, weight, bias, residual, eps, dtype):
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    s = x.new_empty(0) if residual is None else x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape, dtype=dtype), s, mean, rstd
+
+
+@torch.library.register_fake("bigmodel_fast::layer_norm_bwd")
+def _(grad_y, grad_sum, sum, weight, mean, rstd, narrow):
+    grad_narrow = sum.new_empty(sum.shape if narrow else 0, dtype=torch.bfloat16)
+    grad_weight, grad_bias = (sum.new_empty(sum.shape[-1], dtype=torch.float32) for _ in range(2))
+    return sum.new_empty(sum.shape), grad_narrow, grad_weight, grad_bias
+
+
+class _LayerNorm(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias, residual, eps, dtype):
+        return torch.ops.bigmodel_fast.layer_norm_fwd(x, weight, bias, residual, eps, dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, residual, _, _ = inputs
+        _, s, mean, rstd = output
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, residual, weight, bias))
+        ctx.mark_non_differentiable(mean, rstd, *([s] if residual is None else []))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if residual is None else s, weight, mean, rstd)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y, grad_sum, *_):
+        s, weight, mean, rstd = ctx.saved_tensors
+        x_dtype, residual_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        if grad_y is None:
+            grad_y = torch.zeros_like(s)
+        narrow = s.dtype == torch.float32 and torch.bfloat16 in (x_dtype, residual_dtype)
+        grad, grad_narrow, grad_weight, grad_bias = torch.ops.bigmodel_fast.layer_norm_bwd(
+            grad_y, grad_sum, s, weight, mean, rstd, narrow
+        )
+        x_grad, residual_grad = (t and (grad if t == s.dtype else grad_narrow) for t in (x_dtype, residual_dtype))
+        weight_grad = weight_dtype and grad_weight.to(weight_dtype)
+        bias_grad = bias_dtype and grad_bias.to(bias_dtype)
+        return x_grad, weight_grad, bias_grad, residual_grad, None, None
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float = 1e-5, residual: Tensor | None = None
+):
+    """Layer norm over the last dimension, of x or of x + residual.
+
+    Args:
+        x: [..., width], any strides.
+        weight, bias: [width] or None; may be float32 with a bfloat16 x.
+        eps: added to the variance.
+        residual: as x in shape; its dtype may differ.
+
+    Returns:
+        The normed tensor in x's dtype (bfloat16 within an autocast region of bfloat16); with a residual, a pair of it
+        and of x + residual in their promoted dtype.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor.
+        ValueError: shapes or devices do not fit together.
+    """
+    _checks.floating("layer_norm", x=x, weight=weight, bias=bias, residual=residual)
+    if x.dim() == 0:
+        raise ValueError(f"layer_norm: x must be [..., width], got {_checks.describe(x)}")
+    _checks.shape("layer_norm", "weight", weight, (x.shape[-1],), "(x's last dimension)")
+    _checks.shape("layer_norm", "bias", bias, (x.shape[-1],), "(x's last dimension)")
+    _checks.shape("layer_norm", "residual", residual, tuple(x.shape), "(x's shape)")
+    if not _dispatch.use_native("layer_norm", _dispatch.unsupported(x, weight, bias, residual)):
+        return reference(x, weight, bias, eps=eps, residual=residual)
+    dtype = _checks.autocast_dtype(x) or x.dtype
+    y, s, _, _ = _LayerNorm.apply(x, weight, bias, residual, eps, dtype)
+    return y if residual is None else (y, s)

@@ -94,7 +94,7 @@ inline void norm_forward_rows(const NormForwardArgs& args, const float* weight, 
                               int64_t end) {
   using S = std::conditional_t<kPresent<R>, std::conditional_t<sizeof(X) == 4 || sizeof(R) == 4, float, bf16>, X>;
   const int64_t n = args.width;
-  const float scale = 1.0f / static_cast<float>(n);
+  const float count = static_cast<float>(n);
   for (int64_t row = begin; row < end; ++row) {
     const X* x = row_of<X>(args.x, row);
     const S* s;
@@ -115,7 +115,7 @@ inline void norm_forward_rows(const NormForwardArgs& args, const float* weight, 
         acc[k] = kCentered ? acc[k] + v : fma(v, v, acc[k]);
       });
     }
-    float mean = 0, square = total(acc) * scale;
+    float mean = 0, square = total(acc) / count;
     if constexpr (kCentered) {
       mean = square;
       Vec deviation[4] = {};
@@ -123,7 +123,7 @@ inline void norm_forward_rows(const NormForwardArgs& args, const float* weight, 
         const Vec v = only(lanes, load_lanes(s + i, lanes) - mean);
         deviation[k] = fma(v, v, deviation[k]);
       });
-      square = total(deviation) * scale;
+      square = total(deviation) / count;
       args.mean[row] = mean;
     }
     const float rstd = 1.0f / __builtin_sqrtf(square + args.eps);
@@ -163,7 +163,7 @@ template <bool kCentered, class G, class S, bool kGradSum, bool kNarrow>
 inline void norm_backward_rows(const NormBackwardArgs& args, const float* weight, float* grad_weight, float* grad_bias,
                                int64_t begin, int64_t end) {
   const int64_t n = args.width;
-  const float scale = 1.0f / static_cast<float>(n);
+  const float count = static_cast<float>(n);
   for (int64_t i = 0; i < n; ++i) grad_weight[i] = 0;
   if (kCentered)
     for (int64_t i = 0; i < n; ++i) grad_bias[i] = 0;
@@ -182,7 +182,7 @@ inline void norm_backward_rows(const NormBackwardArgs& args, const float* weight
         store_lanes(grad_bias + i, load_lanes(grad_bias + i, lanes) + dy, lanes);
       }
     });
-    const float dot = total(dots) * scale, mean_g = kCentered ? total(sums) * scale : 0.0f;
+    const float dot = total(dots) / count, mean_g = kCentered ? total(sums) / count : 0.0f;
     S* grad = row_of<S>(args.grad, row);
     for_lanes(n, [&](int64_t i, int lanes) {
       const Vec g = load_lanes(grad_y + i, lanes) * load_lanes(weight + i, lanes);
