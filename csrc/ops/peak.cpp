@@ -16,7 +16,7 @@ double peak_flops(bool bfloat16, int64_t iterations) {
 }  // namespace
 }  // namespace bmf
 
-STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_fast, m) {
-  m.def("peak_flops(bool bfloat16, int iterations) -> float");
+STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_fast, m) { m.def("peak_flops(bool bfloat16, int iterations) -> float"); }
+STABLE_TORCH_LIBRARY_IMPL(bigmodel_fast, CompositeExplicitAutograd, m) {
+  m.impl("peak_flops", TORCH_BOX(&bmf::peak_flops));
 }
-STABLE_TORCH_LIBRARY_IMPL(bigmodel_fast, CompositeExplicitAutograd, m) { m.impl("peak_flops", TORCH_BOX(&bmf::peak_flops)); }

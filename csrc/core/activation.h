@@ -1,0 +1,77 @@
+// The activation functions and their derivatives, on registers of floats.
+#pragma once
+#include "core/simd.h"
+
+namespace bmf::BMF_ISA {
+
+constexpr float kSqrtHalf = 0.70710678118654752f, kInvSqrt2Pi = 0.39894228040143268f,
+                kSqrt2OverPi = 0.79788456080286536f;
+
+template <Activation kind>
+BMF_INLINE Vec activate(Vec x) {
+  if constexpr (kind == Activation::none) return x;
+  if constexpr (kind == Activation::relu) return max(Vec{}, x);  // NaN stays NaN as the second operand
+  if constexpr (kind == Activation::gelu) return x * fma(erf(x * kSqrtHalf), broadcast(0.5f), broadcast(0.5f));
+  if constexpr (kind == Activation::gelu_tanh) {  // (1 + tanh u) / 2 = sigmoid(2u)
+    return x * sigmoid(x * fma(x * x, broadcast(2 * kSqrt2OverPi * 0.044715f), broadcast(2 * kSqrt2OverPi)));
+  }
+  if constexpr (kind == Activation::silu) return x * sigmoid(x);
+  if constexpr (kind == Activation::sigmoid) return sigmoid(x);
+  if constexpr (kind == Activation::tanh) return tanh(x);
+  if constexpr (kind == Activation::relu2) {
+    const Vec r = max(Vec{}, x);
+    return r * r;
+  }
+}
+
+// d activate(x) / dx
+template <Activation kind>
+BMF_INLINE Vec activate_grad(Vec x) {
+  if constexpr (kind == Activation::none) return broadcast(1.0f);
+  if constexpr (kind == Activation::relu) return select(x > 0.0f, broadcast(1.0f), Vec{});
+  if constexpr (kind == Activation::gelu) {
+    const Vec cdf = fma(erf(x * kSqrtHalf), broadcast(0.5f), broadcast(0.5f));
+    return fma(x * kInvSqrt2Pi, exp(x * x * -0.5f), cdf);
+  }
+  if constexpr (kind == Activation::gelu_tanh) {
+    const Vec z = x * x;
+    const Vec s = sigmoid(x * fma(z, broadcast(2 * kSqrt2OverPi * 0.044715f), broadcast(2 * kSqrt2OverPi)));
+    const Vec slope = fma(z, broadcast(6 * kSqrt2OverPi * 0.044715f), broadcast(2 * kSqrt2OverPi));
+    return fma(x * slope, s * (1.0f - s), s);
+  }
+  if constexpr (kind == Activation::silu) {
+    const Vec s = sigmoid(x);
+    return fma(x * s, 1.0f - s, s);
+  }
+  if constexpr (kind == Activation::sigmoid) {
+    const Vec s = sigmoid(x);
+    return s * (1.0f - s);
+  }
+  if constexpr (kind == Activation::tanh) {
+    const Vec t = tanh(x);
+    return 1.0f - t * t;
+  }
+  if constexpr (kind == Activation::relu2) return 2.0f * max(Vec{}, x);
+}
+
+template <Activation kind>
+struct ActivationTag {
+  static constexpr Activation value = kind;
+};
+
+// f(ActivationTag<kind>{}): one instantiation of f's loop per activation, chosen once outside of it.
+template <class F>
+inline void with_activation(Activation kind, const F& f) {
+  switch (kind) {
+    case Activation::none: return f(ActivationTag<Activation::none>{});
+    case Activation::relu: return f(ActivationTag<Activation::relu>{});
+    case Activation::gelu: return f(ActivationTag<Activation::gelu>{});
+    case Activation::gelu_tanh: return f(ActivationTag<Activation::gelu_tanh>{});
+    case Activation::silu: return f(ActivationTag<Activation::silu>{});
+    case Activation::sigmoid: return f(ActivationTag<Activation::sigmoid>{});
+    case Activation::tanh: return f(ActivationTag<Activation::tanh>{});
+    case Activation::relu2: return f(ActivationTag<Activation::relu2>{});
+  }
+}
+
+}  // namespace bmf::BMF_ISA

@@ -1,0 +1,192 @@
+// Matrix products C = sum_i A_i B_i with float sums and whatever the caller wants done to each finished tile of C.
+//
+// Operands are prepared once (Rows, Panels: converted, transposed and packed as the micro-kernel reads them), then
+// tiles of C are handed out to the threads. A tile is summed in a float scratch that stays in L2 together with the A
+// rows and B panels it comes from; an epilogue turns it into the output: bias, activation, conversion, derivative. The
+// order of the sums depends on the shapes alone, so results are the same for any number of threads.
+//
+// One Zen 4 core runs the micro-kernel at its FMA peak on such tiles; what is left is packing, K N / (M N K / threads)
+// of it.
+#pragma once
+#include "core/microkernel.h"
+#include "core/scratch.h"
+#include "core/threads.h"
+
+namespace bmf::BMF_ISA {
+
+constexpr int64_t kTileRows = 96, kTilePanels = 4;
+// Units of k summed in one sweep of a tile: 96 rows and 4 panels of them are 704 KiB, which leaves L2 (1 MiB) room for
+// C.
+constexpr int64_t kSweepUnits = 512;
+
+BMF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+BMF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The A operand, [m, k]: read in place where its memory already has the form, copied otherwise.
+template <class Mode>
+class Rows {
+ public:
+  template <class T>
+  Rows(const Threads& threads, const MatrixView<T>& a, int64_t m, int64_t k)
+      : units_(units_of<Mode>(k)), in_place_(in_place(a, k)), copy_(in_place_ ? 0 : m * padded_stride()) {
+    if (in_place_) {
+      data_ = reinterpret_cast<const char*>(a.data);
+      stride_ = a.row_stride * static_cast<int64_t>(sizeof(T));
+      return;
+    }
+    data_ = copy_.template at<char>(0);
+    stride_ = padded_stride();
+    // Blocks of rows and k, so that a transposed source is read in runs of a cache line or more.
+    const int64_t row_blocks = ceil_div(m, kCopyRows), unit_blocks = ceil_div(units_, kCopyUnits);
+    parallel_tasks(threads, row_blocks * unit_blocks, [&](int64_t task, int) {
+      const int64_t row = task / unit_blocks * kCopyRows, unit = task % unit_blocks * kCopyUnits;
+      const int64_t from = unit * Mode::kPerUnit, units = smaller(kCopyUnits, units_ - unit);
+      const int64_t elements = smaller(units * Mode::kPerUnit, k - from);
+      const MatrixView<T> part{a.at(0, from), a.row_stride, a.col_stride};
+      const int rows = static_cast<int>(smaller(kCopyRows, m - row));
+      pack_rows<Mode>(part, elements, row, rows, copy_.template at<float>(row * stride_ + unit * 4), stride_ / 4);
+    });
+  }
+
+  const char* row(int64_t r) const { return data_ + r * stride_; }
+  int64_t stride() const { return stride_; }  // bytes
+  int64_t units() const { return units_; }
+
+ private:
+  static constexpr int64_t kCopyRows = 64, kCopyUnits = 256;
+
+  template <class T>
+  static bool in_place(const MatrixView<T>& a, int64_t k) {
+    return sizeof(T) == sizeof(typename Mode::Element) && a.col_stride == 1 && k % Mode::kPerUnit == 0;
+  }
+  int64_t padded_stride() const { return (units_ + 16) * 4; }  // rows a power of two apart would share cache sets
+
+  int64_t units_;
+  bool in_place_;
+  Scratch copy_;
+  const char* data_;
+  int64_t stride_;
+};
+
+// The B operand, [k, n], in panels. Several sources of one shape are interleaved panel by panel.
+template <class Mode>
+class Panels {
+ public:
+  template <class T, class... More>
+  Panels(const Threads& threads, int64_t k, int64_t n, const MatrixView<T>& first, const More&... more)
+      : units_(units_of<Mode>(k)), columns_(n), sources_(1 + sizeof...(more)), packed_(count() * units_ * kPanel * 4) {
+    const MatrixView<T> sources[] = {first, more...};
+    const int64_t k_blocks = ceil_div(units_, kSweepUnits);
+    parallel_tasks(threads, count() * k_blocks, [&](int64_t task, int) {
+      const int64_t index = task / k_blocks, unit = task % k_blocks * kSweepUnits;
+      const int64_t from = unit * Mode::kPerUnit, col = index / sources_ * kPanel;
+      const MatrixView<T>& source = sources[index % sources_];
+      const MatrixView<T> part{source.at(from, 0), source.row_stride, source.col_stride};
+      pack_panel<Mode>(part, smaller(kSweepUnits * Mode::kPerUnit, k - from), col, columns(index),
+                       packed_.template at<float>(0) + (index * units_ + unit) * kPanel);
+    });
+  }
+
+  const float* panel(int64_t index) const { return packed_.template at<float>(0) + index * units_ * kPanel; }
+  int columns(int64_t index) const { return static_cast<int>(smaller(kPanel, columns_ - index / sources_ * kPanel)); }
+  int64_t count() const { return ceil_div(columns_, kPanel) * sources_; }
+  int64_t units() const { return units_; }
+
+ private:
+  int64_t units_, columns_, sources_;
+  Scratch packed_;
+};
+
+template <class Mode>
+struct Product {
+  const Rows<Mode>* a;
+  const Panels<Mode>* b;
+};
+
+// tile[rows][kTilePanels * kPanel] = the products' sum for rows [row, row + rows) and panels [panel, panel + panels).
+template <class Mode>
+inline void multiply_tile(const Product<Mode>* products, int product_count, int64_t row, int64_t rows, int64_t panel,
+                          int64_t panels, float* tile) {
+  bool first = true;
+  for (int i = 0; i < product_count; ++i) {
+    const Rows<Mode>& a = *products[i].a;
+    const Panels<Mode>& b = *products[i].b;
+    const int64_t sweeps = ceil_div(a.units(), kSweepUnits);
+    for (int64_t s = 0; s < sweeps; ++s) {
+      const int64_t unit = a.units() * s / sweeps, units = a.units() * (s + 1) / sweeps - unit;
+      for (int64_t p = 0; p < panels; ++p) {
+        const char* rows_at = a.row(row) + unit * 4;
+        const float* panel_at = b.panel(panel + p) + unit * kPanel;
+        const auto multiply = first ? multiply_panel<Mode, false> : multiply_panel<Mode, true>;
+        multiply(rows_at, a.stride(), panel_at, units, rows, b.columns(panel + p), tile + p * kPanel,
+                 kTilePanels * kPanel);
+      }
+      first = false;
+    }
+  }
+  if (first)  // k = 0
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < panels * kPanel; c += kLanes) store(tile + r * kTilePanels * kPanel + c, Vec{});
+}
+
+// One finished tile of C, as an epilogue sees it. `col` is the first column of its first panel.
+struct Tile {
+  int64_t row, rows, panel, panels;
+  const float* sums;  // [rows][stride]
+  static constexpr int64_t stride = kTilePanels * kPanel;
+};
+
+// C [m, products' panels] tile by tile; epilogue(const Tile&) runs on the thread that summed it. Tiles start at panels
+// that are multiples of `panel_multiple` (1, 2 or 4).
+template <class Mode, class Epilogue>
+inline void gemm(const Threads& threads, int64_t m, const Product<Mode>* products, int product_count,
+                 int panel_multiple, const Epilogue& epilogue) {
+  const int64_t panel_count = products[0].b->count();
+  int64_t tile_rows = kTileRows, tile_panels = kTilePanels;
+  auto tasks = [&] { return ceil_div(m, tile_rows) * ceil_div(panel_count, tile_panels); };
+  while (tasks() < 4 * threads.count && tile_panels > panel_multiple) tile_panels /= 2;
+  while (tasks() < 4 * threads.count && tile_rows > 24) tile_rows /= 2;
+  const int64_t row_blocks = ceil_div(m, tile_rows);
+  const int64_t tile_bytes = kTileRows * Tile::stride * 4;
+  const Scratch tiles(tile_bytes * threads.count);
+  parallel_tasks(threads, tasks(), [&](int64_t task, int thread) {
+    // Row blocks inside: consecutive tasks share the B panels, which are the larger part of what a tile reads.
+    const int64_t panel = task / row_blocks * tile_panels, row = task % row_blocks * tile_rows;
+    float* sums = tiles.at<float>(tile_bytes * thread);
+    const Tile tile{row, smaller(tile_rows, m - row), panel, smaller(tile_panels, panel_count - panel), sums};
+    multiply_tile(products, product_count, tile.row, tile.rows, tile.panel, tile.panels, sums);
+    epilogue(tile);
+  });
+}
+
+// C = A B.
+template <class Mode, class TA, class TB, class Epilogue>
+inline void gemm(const Threads& threads, const MatrixView<TA>& a, const MatrixView<TB>& b, int64_t m, int64_t n,
+                 int64_t k, const Epilogue& epilogue) {
+  const Panels<Mode> panels(threads, k, n, b);
+  const Rows<Mode> rows(threads, a, m, k);
+  const Product<Mode> product{&rows, &panels};
+  gemm<Mode>(threads, m, &product, 1, 1, epilogue);
+}
+
+// f(row, col, lanes, sums) for each register of the tile's columns below n.
+template <class F>
+BMF_INLINE void for_tile(const Tile& tile, int64_t n, const F& f) {
+  const int64_t col = tile.panel * kPanel, cols = smaller(tile.panels * kPanel, n - col);
+  for (int64_t r = 0; r < tile.rows; ++r)
+    for_lanes(cols,
+              [&](int64_t c, int lanes) { f(tile.row + r, col + c, lanes, load(tile.sums + r * Tile::stride + c)); });
+}
+
+// Epilogue that stores C, row-major with rows `stride` apart, as T.
+template <class T>
+struct StoreTile {
+  T* out;
+  int64_t n, stride;
+  void operator()(const Tile& tile) const {
+    for_tile(tile, n,
+             [&](int64_t row, int64_t col, int lanes, Vec v) { store_lanes(out + row * stride + col, v, lanes); });
+  }
+};
+
+}  // namespace bmf::BMF_ISA

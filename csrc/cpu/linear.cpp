@@ -1,0 +1,46 @@
+// y = activation(x W^T + b): one GEMM with the rest in its epilogue. Backward: g = dy * activation'(pre) and the bias
+// gradient in one pass, then dx = g W and dW = g^T x.
+//
+// bf16 with float weights converts them on the way into the packed panels, so no bf16 copy of the weights is ever
+// stored.
+#include "cpu/linear.h"
+
+#include "cpu/dense.h"
+
+namespace bmf::BMF_ISA {
+
+void linear_forward(const LinearFwdArgs& a, const Threads& threads) {
+  with_dense_types(a.x_dtype, a.weight_dtype, [&](auto types) {
+    using Types = decltype(types);
+    using X = typename Types::Input;
+    using W = typename Types::Weight;
+    const MatrixView<X> x{static_cast<const X*>(a.x), a.x_stride, 1};
+    const MatrixView<W> weight{static_cast<const W*>(a.weight), a.weight_stride, 1};
+    dense_forward<typename Types::Mode>(threads, x, weight, a.bias, a.activation, static_cast<X*>(a.y),
+                                        static_cast<X*>(a.pre), a.m, a.n, a.k);
+  });
+}
+
+void linear_backward(const LinearBwdArgs& a, const Threads& threads) {
+  with_dense_types(a.x_dtype, a.weight_dtype, [&](auto types) {
+    using Types = decltype(types);
+    using Mode = typename Types::Mode;
+    using X = typename Types::Input;
+    using W = typename Types::Weight;
+    const bool activated = a.activation != Activation::none;
+    const Scratch activated_grad(activated ? a.m * a.n * sizeof(X) : 0);
+    const X* dy = static_cast<const X*>(a.dy);
+    const X* g_data = activated ? activated_grad.at<X>(0) : dy;
+    const MatrixView<X> x{static_cast<const X*>(a.x), a.x_stride, 1}, g{g_data, a.n, 1};
+    const MatrixView<W> weight{static_cast<const W*>(a.weight), a.weight_stride, 1};
+    if (activated)
+      activation_backward(threads, dy, static_cast<const X*>(a.pre), a.activation, activated_grad.at<X>(0), a.dbias,
+                          a.m, a.n);
+    else if (a.dbias)
+      column_sums(threads, g, a.m, a.n, a.dbias);
+    if (a.dx) dense_dgrad<Mode>(threads, g, weight, static_cast<X*>(a.dx), a.m, a.n, a.k);
+    if (a.dweight) dense_wgrad<Mode>(threads, g, x, static_cast<W*>(a.dweight), a.m, a.n, a.k);
+  });
+}
+
+}  // namespace bmf::BMF_ISA

@@ -1,0 +1,33 @@
+// linear: y = activation(x W^T + b).
+//
+// x [m, k] and W [n, k] with contiguous rows; y, dy, pre [m, n] and dx [m, k] contiguous, in x's dtype; bias and its
+// gradient float; the weight's gradient in the weight's dtype. float32 x needs float32 W.
+#pragma once
+#include "core/isa.h"
+#include "core/threads.h"
+#include "core/types.h"
+
+namespace bmf {
+
+struct LinearFwdArgs {
+  Dtype x_dtype, weight_dtype;
+  int64_t m, n, k, x_stride, weight_stride;  // strides between rows, in elements
+  const void *x, *weight;
+  const float* bias;  // or null
+  Activation activation;
+  void *y, *pre;  // pre (x W^T + b): null where backward will not need it
+};
+
+struct LinearBwdArgs {
+  Dtype x_dtype, weight_dtype;
+  int64_t m, n, k, x_stride, weight_stride;
+  const void *dy, *x, *weight, *pre;  // pre: null without activation
+  Activation activation;
+  void *dx, *dweight;  // null where not wanted
+  float* dbias;
+};
+
+}  // namespace bmf
+
+BMF_DECLARE_KERNEL(linear_forward, LinearFwdArgs)
+BMF_DECLARE_KERNEL(linear_backward, LinearBwdArgs)
