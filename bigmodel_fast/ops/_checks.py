@@ -1,5 +1,7 @@
 """Argument checks shared by the operators. Each error names the argument, what came and what was expected."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,32 @@ def choice(op: str, name: str, value: object, allowed: tuple) -> None:
     """`value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def loss_options(op: str, label_smoothing: float, softcap: float | None, reduction: str) -> None:
+    """The options that cross_entropy and linear_cross_entropy share."""
+    choice(op, "reduction", reduction, ("mean", "sum", "none"))
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{op}: label_smoothing must lie in [0, 1], got {label_smoothing!r}")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be positive, got {softcap!r}")
+
+
+def targets(op: str, target: Tensor, rows: Tensor, classes: int, ignore_index: int) -> None:
+    """`target` holds one int64 for each row of `rows` [..., any]: a class in [0, classes), or ignore_index."""
+    if not isinstance(target, Tensor) or target.dtype is not torch.int64:
+        raise TypeError(f"{op}: target must be a tensor of int64 class numbers, got {describe(target)}")
+    shape(op, "target", target, tuple(rows.shape[:-1]), "(one class for each row)")
+    if target.device != rows.device:
+        raise ValueError(f"{op}: target must be on {rows.device} like the arguments before it, got {describe(target)}")
+    if target.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return  # reading values would wait for the device or break the graph; the kernels check for themselves
+    row = torch.ops.bigmodel_fast.find_bad_target(target, classes, ignore_index)
+    if row >= 0:
+        value = target.reshape(-1)[row].item()
+        raise IndexError(
+            f"{op}: target must hold classes in [0, {classes}) or ignore_index={ignore_index}, got {value} at row {row}"
+        )
 
 
 def autocast_dtype(t: Tensor) -> torch.dtype | None:

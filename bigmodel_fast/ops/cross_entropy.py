@@ -3,6 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _dispatch
+from . import _checks
 
 
 def reference(
@@ -18,9 +22,46 @@ def reference(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(
-        logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
+    loss = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]),
+        target.reshape(-1),
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
     )
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+@torch.library.register_fake("bigmodel_fast::cross_entropy_fwd")
+def _(logits, target, ignore_index, label_smoothing, softcap, reduction):
+    loss = logits.new_empty(target.shape if reduction == "none" else (), dtype=torch.float32)
+    return loss, logits.new_empty((target.numel(), 2), dtype=torch.float32)
+
+
+@torch.library.register_fake("bigmodel_fast::cross_entropy_bwd")
+def _(grad_loss, logits, target, lse, ignore_index, label_smoothing, softcap, reduction):
+    return logits.new_empty(logits.shape)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits, target, *options):
+        return torch.ops.bigmodel_fast.cross_entropy_fwd(logits, target, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, target, *ctx.options = inputs
+        _, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(logits, target, lse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):
+        grad = torch.ops.bigmodel_fast.cross_entropy_bwd(grad_loss, *ctx.saved_tensors, *ctx.options)
+        return grad, None, *(None for _ in ctx.options)
 
 
 def cross_entropy(
@@ -32,11 +73,36 @@ def cross_entropy(
     softcap: float | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    return reference(
-        logits,
-        target,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        softcap=softcap,
-        reduction=reduction,
-    )
+    """Cross entropy of logits and class numbers.
+
+    Args:
+        logits: [..., classes], any strides.
+        target: [...], int64, each in [0, classes) or ignore_index.
+        ignore_index: rows with this target have no loss and no gradient, and do not count in the mean.
+        label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2016).
+        softcap: if given, logits become softcap * tanh(logits / softcap) first.
+        reduction: "mean" (over rows that are not ignored; NaN if there are none), "sum" or "none".
+
+    Returns:
+        float32 (float64 for float64 logits); a scalar, or target's shape for "none".
+
+    Raises:
+        TypeError: logits are not floating point, or target is not int64.
+        ValueError: shapes or devices do not fit together, or an option is out of range.
+        IndexError: a target is out of range (on CPU, outside of torch.compile).
+    """
+    _checks.floating("cross_entropy", logits=logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"cross_entropy: logits must be [..., classes], got {_checks.describe(logits)}")
+    _checks.loss_options("cross_entropy", label_smoothing, softcap, reduction)
+    _checks.targets("cross_entropy", target, logits, logits.shape[-1], ignore_index)
+    if not _dispatch.use_native("cross_entropy", _dispatch.unsupported(logits)):
+        return reference(
+            logits,
+            target,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            softcap=softcap,
+            reduction=reduction,
+        )
+    return _CrossEntropy.apply(logits, target, ignore_index, label_smoothing, softcap or 0.0, reduction)[0]

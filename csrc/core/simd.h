@@ -4,6 +4,7 @@
 // another.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -184,6 +185,15 @@ BMF_INLINE void with_type(Dtype dtype, Body&& f) {
     f(bf16{});
 }
 
+// f(std::true_type{}) or f(std::false_type{}).
+template <class Body>
+BMF_INLINE void with_bool(bool value, Body&& f) {
+  if (value)
+    f(std::true_type{});
+  else
+    f(std::false_type{});
+}
+
 // f(i, lanes) for i = 0, kLanes, 2 kLanes, ... below n; lanes is kLanes but for the last call, where it may be fewer.
 template <class Body>
 BMF_INLINE void for_lanes(int64_t n, Body&& f) {
@@ -204,6 +214,12 @@ BMF_INLINE void for_lanes_by_four(int64_t n, Body&& f) {
   }
   for (; i + kLanes <= n; i += kLanes) f(i, kLanes, 0);
   if (i < n) f(i, static_cast<int>(n - i), 0);
+}
+// The first `lanes` lanes of v, and `rest` in the others.
+BMF_INLINE Vec first_lanes(Vec v, int lanes, float rest) {
+  if (lanes == kLanes) return v;
+  for (int i = lanes; i < kLanes; ++i) v[i] = rest;
+  return v;
 }
 template <class T>
 BMF_INLINE Vec load_lanes(const T* p, int lanes) {
@@ -231,6 +247,8 @@ BMF_INLINE float sum(Vec v) {
   return s;
 #endif
 }
+
+BMF_INLINE float sum(const Vec (&v)[4]) { return sum((v[0] + v[1]) + (v[2] + v[3])); }
 
 BMF_INLINE float max_lane(Vec v) {
 #if defined(__AVX512F__)
@@ -284,6 +302,12 @@ BMF_INLINE Vec tanh(Vec x) {
   const Vec big = (1.0f - t) / (1.0f + t);
   const Vec signed_big = as_float(as_int(big) | (as_int(x) & static_cast<int32_t>(0x80000000)));
   return select(a < 0.625f, small, signed_big);
+}
+
+// 1 - tanh(x)^2, without the cancellation.
+BMF_INLINE Vec tanh_derivative(Vec x) {
+  const Vec t = exp(abs(x) * -2.0f), d = 1.0f + t;
+  return 4.0f * t / (d * d);
 }
 
 // Rational approximation on [-4, 4], beyond which erf is +-1 in float: x P(x^2) / Q(x^2).

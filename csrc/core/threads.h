@@ -42,6 +42,9 @@ inline int parallel_ranges(const Threads& threads, int64_t n, int64_t grain, con
   return n > 0 ? count : 0;
 }
 
+// The grain for rows of `width` elements that each take a few operations: as many rows as make a thread worth waking.
+inline int64_t row_grain(int64_t width) { return width > 0 ? 16384 / width + 1 : 1; }
+
 // A counter that hands out tasks [0, n) to whichever thread is free; on a cache line of its own.
 struct alignas(128) TaskCounter {
   int64_t next = 0;

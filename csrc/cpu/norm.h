@@ -44,8 +44,6 @@ struct NormBackwardArgs {
 
 namespace bmf::BMF_ISA {
 
-constexpr int64_t kNormGrain = 16384;  // elements that make a thread worth waking
-
 struct Absent {};  // stands for the element type of an operand that is not there
 
 template <class T>
@@ -66,8 +64,6 @@ BMF_INLINE T* row_of(const Rows& rows, int64_t row) {
   return static_cast<T*>(rows.data) + row * rows.stride;
 }
 
-inline int64_t row_grain(int64_t width) { return kNormGrain / (width > 0 ? width : 1) + 1; }
-
 // One row of parameters as floats; `absent` in every place if there is none.
 inline void load_parameters(const Rows& from, float absent, int64_t width, float* out) {
   with_optional_type(from, [&](auto type) {
@@ -78,15 +74,6 @@ inline void load_parameters(const Rows& from, float absent, int64_t width, float
       store_lanes(out + i, v, lanes);
     });
   });
-}
-
-BMF_INLINE float total(const Vec (&acc)[4]) { return sum((acc[0] + acc[1]) + (acc[2] + acc[3])); }
-
-// Lanes past the end of a row read as zero, which is not zero once the mean is subtracted.
-BMF_INLINE Vec only(int lanes, Vec v) {
-  if (lanes == kLanes) return v;
-  for (int i = lanes; i < kLanes; ++i) v[i] = 0;
-  return v;
 }
 
 template <bool kCentered, class X, class R, class Y>
@@ -115,15 +102,15 @@ inline void norm_forward_rows(const NormForwardArgs& args, const float* weight, 
         acc[k] = kCentered ? acc[k] + v : fma(v, v, acc[k]);
       });
     }
-    float mean = 0, square = total(acc) / count;
+    float mean = 0, square = sum(acc) / count;
     if constexpr (kCentered) {
       mean = square;
       Vec deviation[4] = {};
       for_lanes_by_four(n, [&](int64_t i, int lanes, int k) {
-        const Vec v = only(lanes, load_lanes(s + i, lanes) - mean);
+        const Vec v = first_lanes(load_lanes(s + i, lanes) - mean, lanes, 0);
         deviation[k] = fma(v, v, deviation[k]);
       });
-      square = total(deviation) / count;
+      square = sum(deviation) / count;
       args.mean[row] = mean;
     }
     const float rstd = 1.0f / __builtin_sqrtf(square + args.eps);
@@ -182,7 +169,7 @@ inline void norm_backward_rows(const NormBackwardArgs& args, const float* weight
         store_lanes(grad_bias + i, load_lanes(grad_bias + i, lanes) + dy, lanes);
       }
     });
-    const float dot = total(dots) / count, mean_g = kCentered ? total(sums) / count : 0.0f;
+    const float dot = sum(dots) / count, mean_g = kCentered ? sum(sums) / count : 0.0f;
     S* grad = row_of<S>(args.grad, row);
     for_lanes(n, [&](int64_t i, int lanes) {
       const Vec g = load_lanes(grad_y + i, lanes) * load_lanes(weight + i, lanes);
@@ -193,14 +180,6 @@ inline void norm_backward_rows(const NormBackwardArgs& args, const float* weight
       if constexpr (kNarrow) store_lanes(row_of<bf16>(args.grad_narrow, row) + i, v, lanes);
     });
   }
-}
-
-template <class Body>
-BMF_INLINE void with_bool(bool value, Body&& f) {
-  if (value)
-    f(std::true_type{});
-  else
-    f(std::false_type{});
 }
 
 template <bool kCentered>

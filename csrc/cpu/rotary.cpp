@@ -5,8 +5,6 @@
 namespace bmf::BMF_ISA {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements that make a thread worth waking
-
 // All heads of one operand at one position.
 template <class T, class C>
 void rotate(const RotaryOperand& t, int64_t batch, int64_t position, int64_t sequence, int64_t half, const C* cos,
@@ -33,13 +31,12 @@ void rotate(const RotaryOperand& t, int64_t batch, int64_t position, int64_t seq
 
 void rotary(const RotaryArgs& args, const Threads& threads) {
   const int64_t width = 2 * args.half * (args.query.heads + args.key.heads);
-  const int64_t grain = kGrain / (width > 0 ? width : 1) + 1;
   with_type(args.table_dtype, [&](auto table) {
     using C = decltype(table);
     const auto row = [](const RotaryTable& t, int64_t batch, int64_t position) {
       return static_cast<const C*>(t.data) + batch * t.batch_stride + position * t.sequence_stride;
     };
-    parallel_ranges(threads, args.batch * args.sequence, grain, [&](int64_t begin, int64_t end, int) {
+    parallel_ranges(threads, args.batch * args.sequence, row_grain(width), [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t batch = i / args.sequence, position = i % args.sequence;
         const C *cos = row(args.cos, batch, position), *sin = row(args.sin, batch, position);
