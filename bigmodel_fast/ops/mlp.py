@@ -1,16 +1,114 @@
 """mlp: y = activation(x W1^T + b1) W2^T + b2."""
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from . import linear as linear_op
+from .. import _dispatch
+from . import _checks, _dense
+from .linear import reference as linear_reference
 
 
 def reference(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, activation: str = "gelu"
 ) -> Tensor:
     """Plain torch."""
-    return linear_op.reference(linear_op.reference(x, w1, b1, activation=activation), w2, b2)
+    return linear_reference(linear_reference(x, w1, b1, activation=activation), w2, b2)
+
+
+@torch.library.register_fake("bigmodel_fast::mlp_fwd")
+def _(x, w1, b1, w2, b2, activation, save_pre):
+    m = x.shape[0]
+    return x.new_empty(m, w2.shape[0]), x.new_empty(m if save_pre else 0, w1.shape[0])
+
+
+@torch.library.register_fake("bigmodel_fast::mlp_bwd")
+def _(dy, x, w1, w2, pre, activation, wants):
+    (m, k), f, n = x.shape, w1.shape[0], w2.shape[0]
+    return (
+        x.new_empty(m if wants[0] else 0, k),
+        w1.new_empty(f if wants[1] else 0, k),
+        x.new_empty(f if wants[2] else 0, dtype=torch.float32),
+        w2.new_empty(n if wants[3] else 0, f),
+        x.new_empty(n if wants[4] else 0, dtype=torch.float32),
+    )
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(x, w1, b1, w2, b2, activation, save_pre):
+        y, pre = torch.ops.bigmodel_fast.mlp_fwd(
+            _dense.rows(x), _dense.rows(w1), _dense.wide(b1), _dense.rows(w2), _dense.wide(b2), activation, save_pre
+        )
+        return y.view(*x.shape[:-1], w2.shape[0]), pre
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w1, b1, w2, b2, ctx.activation, _ = inputs
+        _, pre = output
+        ctx.bias_dtypes = tuple(None if b is None else b.dtype for b in (b1, b2))
+        ctx.mark_non_differentiable(pre)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, w1, w2, pre)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, _):
+        if dy is None:
+            return (None,) * 7
+        x, w1, w2, pre = ctx.saved_tensors
+        wants = ctx.needs_input_grad[:5]
+        grads = torch.ops.bigmodel_fast.mlp_bwd(
+            _dense.rows(dy).contiguous(),
+            *(_dense.rows(t) for t in (x, w1, w2)),
+            pre,
+            ctx.activation,
+            wants,
+        )
+        dx, dw1, db1, dw2, db2 = (grad if want else None for grad, want in zip(grads, wants, strict=True))
+        b1_dtype, b2_dtype = ctx.bias_dtypes
+        return (
+            None if dx is None else dx.view(x.shape),
+            dw1,
+            None if db1 is None else db1.to(b1_dtype),
+            dw2,
+            None if db2 is None else db2.to(b2_dtype),
+            None,
+            None,
+        )
 
 
 def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, activation: str = "gelu") -> Tensor:
-    return reference(x, w1, b1, w2, b2, activation=activation)
+    """Two dense layers with an activation between them: activation(x W1^T + b1) W2^T + b2.
+
+    Backward keeps x and x W1^T + b1; the hidden activations are made again while the gradient is.
+
+    Args:
+        x: [..., in], any strides; float32, bfloat16 or (by reference) another floating dtype.
+        w1: [hidden, in]; may be float32 with a bfloat16 x, as may w2.
+        b1: [hidden] or None.
+        w2: [out, hidden].
+        b2: [out] or None.
+        activation: "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh" or "relu2" (the square of relu).
+
+    Returns:
+        [..., out] in x's dtype (autocast's within an autocast region), summed in float32.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor.
+        ValueError: shapes or devices do not fit together, or the activation is unknown.
+    """
+    _checks.floating("mlp", x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+    _dense.check_input("mlp", x)
+    _dense.check_weight("mlp", "w1", w1, None, x.shape[-1], "(x's last dimension)")
+    _checks.shape("mlp", "b1", b1, (w1.shape[0],), "(one per row of w1)")
+    _dense.check_weight("mlp", "w2", w2, None, w1.shape[0], "(one column per row of w1)")
+    _checks.shape("mlp", "b2", b2, (w2.shape[0],), "(one per row of w2)")
+    _checks.choice("mlp", "activation", activation, _checks.ACTIVATIONS)
+    x, w1, w2 = _dense.operands(x, w1, w2)
+    reason = _dispatch.unsupported(x, w1, b1, w2, b2)
+    if reason is None and w1.dtype != w2.dtype:
+        reason = "weights of different dtypes"
+    if not _dispatch.use_native("mlp", reason):
+        return reference(x, w1, b1, w2, b2, activation=activation)
+    return _Mlp.apply(x, w1, b1, w2, b2, activation, _dense.needs_grad(x, w1, b1, w2, b2))[0]

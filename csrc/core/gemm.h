@@ -1,9 +1,9 @@
 // Matrix products C = sum_i A_i B_i with float sums and whatever the caller wants done to each finished tile of C.
 //
-// Operands are prepared once (Rows, Panels: converted, transposed and packed as the micro-kernel reads them), then
-// tiles of C are handed out to the threads. A tile is summed in a float scratch that stays in L2 together with the A
-// rows and B panels it comes from; an epilogue turns it into the output: bias, activation, conversion, derivative. The
-// order of the sums depends on the shapes alone, so results are the same for any number of threads.
+// Operands are prepared once (OperandA, OperandB: converted, transposed and packed as the micro-kernel reads them),
+// then tiles of C are handed out to the threads. A tile is summed in a float scratch that stays in L2 together with the
+// A rows and B panels it comes from; an epilogue turns it into the output: bias, activation, conversion, derivative.
+// The order of the sums depends on the shapes alone, so results are the same for any number of threads.
 //
 // One Zen 4 core runs the micro-kernel at its FMA peak on such tiles; what is left is packing, K N / (M N K / threads)
 // of it.
@@ -24,10 +24,10 @@ BMF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The A operand, [m, k]: read in place where its memory already has the form, copied otherwise.
 template <class Mode>
-class Rows {
+class OperandA {
  public:
   template <class T>
-  Rows(const Threads& threads, const MatrixView<T>& a, int64_t m, int64_t k)
+  OperandA(const Threads& threads, const MatrixView<T>& a, int64_t m, int64_t k)
       : units_(units_of<Mode>(k)), in_place_(in_place(a, k)), copy_(in_place_ ? 0 : m * padded_stride()) {
     if (in_place_) {
       data_ = reinterpret_cast<const char*>(a.data);
@@ -70,10 +70,10 @@ class Rows {
 
 // The B operand, [k, n], in panels. Several sources of one shape are interleaved panel by panel.
 template <class Mode>
-class Panels {
+class OperandB {
  public:
   template <class T, class... More>
-  Panels(const Threads& threads, int64_t k, int64_t n, const MatrixView<T>& first, const More&... more)
+  OperandB(const Threads& threads, int64_t k, int64_t n, const MatrixView<T>& first, const More&... more)
       : units_(units_of<Mode>(k)), columns_(n), sources_(1 + sizeof...(more)), packed_(count() * units_ * kPanel * 4) {
     const MatrixView<T> sources[] = {first, more...};
     const int64_t k_blocks = ceil_div(units_, kSweepUnits);
@@ -99,18 +99,18 @@ class Panels {
 
 template <class Mode>
 struct Product {
-  const Rows<Mode>* a;
-  const Panels<Mode>* b;
+  const OperandA<Mode>* a;
+  const OperandB<Mode>* b;
 };
 
 // tile[rows][kTilePanels * kPanel] = the products' sum for rows [row, row + rows) and panels [panel, panel + panels).
 template <class Mode>
-inline void multiply_tile(const Product<Mode>* products, int product_count, int64_t row, int64_t rows, int64_t panel,
-                          int64_t panels, float* tile) {
+void multiply_tile(const Product<Mode>* products, int product_count, int64_t row, int64_t rows, int64_t panel,
+                   int64_t panels, float* tile) {
   bool first = true;
   for (int i = 0; i < product_count; ++i) {
-    const Rows<Mode>& a = *products[i].a;
-    const Panels<Mode>& b = *products[i].b;
+    const OperandA<Mode>& a = *products[i].a;
+    const OperandB<Mode>& b = *products[i].b;
     const int64_t sweeps = ceil_div(a.units(), kSweepUnits);
     for (int64_t s = 0; s < sweeps; ++s) {
       const int64_t unit = a.units() * s / sweeps, units = a.units() * (s + 1) / sweeps - unit;
@@ -163,8 +163,8 @@ inline void gemm(const Threads& threads, int64_t m, const Product<Mode>* product
 template <class Mode, class TA, class TB, class Epilogue>
 inline void gemm(const Threads& threads, const MatrixView<TA>& a, const MatrixView<TB>& b, int64_t m, int64_t n,
                  int64_t k, const Epilogue& epilogue) {
-  const Panels<Mode> panels(threads, k, n, b);
-  const Rows<Mode> rows(threads, a, m, k);
+  const OperandB<Mode> panels(threads, k, n, b);
+  const OperandA<Mode> rows(threads, a, m, k);
   const Product<Mode> product{&rows, &panels};
   gemm<Mode>(threads, m, &product, 1, 1, epilogue);
 }

@@ -61,8 +61,8 @@ BMF_INLINE void micro_for_rows(int rows, int vecs, const char* a, int64_t a_stri
 // packed panel; C: float rows `c_stride` floats apart, of which whole registers are written (room for cols rounded up
 // to kLanes).
 template <class Mode, bool kAccumulate>
-inline void multiply_panel(const void* a, int64_t a_stride, const float* panel, int64_t units, int64_t rows, int cols,
-                           float* c, int64_t c_stride) {
+void multiply_panel(const void* a, int64_t a_stride, const float* panel, int64_t units, int64_t rows, int cols,
+                    float* c, int64_t c_stride) {
   const int vecs = (cols + kLanes - 1) / kLanes;
   const char* row = static_cast<const char*>(a);
   for (int64_t r = 0; r < rows; r += kRows) {
@@ -71,5 +71,31 @@ inline void multiply_panel(const void* a, int64_t a_stride, const float* panel, 
                                              c_stride);
   }
 }
+
+// Compiled once per instruction set, in csrc/cpu/microkernel.cpp: they are most of what the compiler's time goes into.
+#ifdef BMF_DEFINE_MICROKERNEL
+#define BMF_SHARED_TEMPLATE template
+#else
+#define BMF_SHARED_TEMPLATE extern template
+#endif
+#define BMF_SHARED_MODE(Mode)                                                                                     \
+  BMF_SHARED_TEMPLATE void multiply_panel<Mode, false>(const void*, int64_t, const float*, int64_t, int64_t, int, \
+                                                       float*, int64_t);                                          \
+  BMF_SHARED_TEMPLATE void multiply_panel<Mode, true>(const void*, int64_t, const float*, int64_t, int64_t, int,  \
+                                                      float*, int64_t);
+#define BMF_SHARED_PACK(Mode, T)                                                                     \
+  BMF_SHARED_TEMPLATE void pack_panel<Mode, T>(const MatrixView<T>&, int64_t, int64_t, int, float*); \
+  BMF_SHARED_TEMPLATE void pack_rows<Mode, T>(const MatrixView<T>&, int64_t, int64_t, int, float*, int64_t);
+BMF_SHARED_MODE(FloatMode)
+BMF_SHARED_PACK(FloatMode, float)
+BMF_SHARED_PACK(FloatMode, bf16)
+#if defined(__AVX512BF16__)
+BMF_SHARED_MODE(Bf16Mode)
+BMF_SHARED_PACK(Bf16Mode, float)
+BMF_SHARED_PACK(Bf16Mode, bf16)
+#endif
+#undef BMF_SHARED_PACK
+#undef BMF_SHARED_MODE
+#undef BMF_SHARED_TEMPLATE
 
 }  // namespace bmf::BMF_ISA

@@ -121,7 +121,7 @@ BMF_INLINE void transpose_units(Vec (&r)[kLanes]) {
 // One panel of B: columns [col, col + cols) and all `k` rows of the view, to panel[unit][kPanel]; missing columns are
 // zero.
 template <class Mode, class T>
-inline void pack_panel(const MatrixView<T>& b, int64_t k, int64_t col, int cols, float* panel) {
+void pack_panel(const MatrixView<T>& b, int64_t k, int64_t col, int cols, float* panel) {
   const int64_t units = units_of<Mode>(k);
   if (b.col_stride == 1) {
     for (int64_t u = 0; u < units; ++u) {
@@ -154,7 +154,7 @@ inline void pack_panel(const MatrixView<T>& b, int64_t k, int64_t col, int cols,
 // Rows [row, row + rows) of A, converted to Mode's element type, each padded with zeros to whole units:
 // out[rows][stride].
 template <class Mode, class T>
-inline void pack_rows(const MatrixView<T>& a, int64_t k, int64_t row, int rows, float* out, int64_t stride) {
+void pack_rows(const MatrixView<T>& a, int64_t k, int64_t row, int rows, float* out, int64_t stride) {
   const int64_t units = units_of<Mode>(k);
   if (a.col_stride == 1) {
     for (int r = 0; r < rows; ++r)

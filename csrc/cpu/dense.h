@@ -30,45 +30,58 @@ BMF_INLINE MatrixView<T> transposed(const MatrixView<T>& w) {
 // At most this many rows are multiplied without packing: each weight is then read once, straight into the sums.
 constexpr int64_t kFewRows = 4;
 
-// store(row, col, lanes, sums) for all of x W^T, m <= kFewRows.
-template <class X, class W, class Store>
-inline void multiply_few_rows(const Threads& threads, const MatrixView<X>& x, const MatrixView<W>& w, int64_t m,
-                              int64_t n, int64_t k, const Store& store_sums) {
+// sums[r][c] = x[r] . w[col + c] for r < m and c < cols; x is float here, its rows zero beyond k up to `stride`.
+template <class W>
+void multiply_few_rows(const float* x, int64_t stride, const MatrixView<W>& w, int64_t m, int64_t col, int64_t cols,
+                       int64_t k, float* sums) {
+  for (int64_t c = 0; c < cols; ++c) {
+    Vec acc[kFewRows] = {};
+    for_lanes(k, [&](int64_t i, int lanes) {
+      const Vec weight = load_lanes(w.at(col + c, i), lanes);
+      for (int64_t r = 0; r < m; ++r) acc[r] = fma(weight, load(x + r * stride + i), acc[r]);
+    });
+    for (int64_t r = 0; r < m; ++r) sums[r * Tile::stride + c] = sum(acc[r]);
+  }
+}
+
+// x W^T tile by tile, as gemm() hands it to an epilogue.
+template <class Mode, class X, class W, class Epilogue>
+inline void dense_product(const Threads& threads, const MatrixView<X>& x, const MatrixView<W>& w, int64_t m, int64_t n,
+                          int64_t k, const Epilogue& epilogue) {
+  if (m > kFewRows) return gemm<Mode>(threads, x, transposed(w), m, n, k, epilogue);
   const int64_t stride = ceil_div(k, kLanes) * kLanes;
-  const Scratch scratch(m * stride * 4);
-  float* wide = scratch.at<float>(0);  // x in float, padded with zeros
+  const Scratch wide(m * stride * 4);
   for (int64_t r = 0; r < m; ++r)
-    for_lanes(k, [&](int64_t c, int lanes) { store(wide + r * stride + c, load_lanes(x.at(r, c), lanes)); });
-  parallel_ranges(threads, ceil_div(n, kLanes), 4, [&](int64_t begin, int64_t end, int) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t col = block * kLanes;
-      const int lanes = static_cast<int>(smaller(kLanes, n - col));
-      Vec sums[kFewRows] = {};
-      for (int i = 0; i < lanes; ++i) {
-        Vec acc[kFewRows] = {};
-        for_lanes(k, [&](int64_t c, int count) {
-          const Vec weight = load_lanes(w.at(col + i, c), count);
-          for (int64_t r = 0; r < m; ++r) acc[r] = fma(weight, load(wide + r * stride + c), acc[r]);
-        });
-        for (int64_t r = 0; r < m; ++r) sums[r][i] = sum(acc[r]);
-      }
-      for (int64_t r = 0; r < m; ++r) store_sums(r, col, lanes, sums[r]);
-    }
+    for_lanes(k,
+              [&](int64_t c, int lanes) { store(wide.at<float>(0) + r * stride + c, load_lanes(x.at(r, c), lanes)); });
+  parallel_tasks(threads, ceil_div(n, kPanel), [&](int64_t panel, int) {
+    float sums[kFewRows * Tile::stride];
+    const int64_t col = panel * kPanel;
+    multiply_few_rows(wide.at<float>(0), stride, w, m, col, smaller(kPanel, n - col), k, sums);
+    epilogue(Tile{0, m, panel, 1, sums});
   });
 }
 
-// y = activation(x W^T + b), and x W^T + b itself to `pre` unless that is null.
+// Epilogue of y = activation(x W^T + b); x W^T + b itself goes to `pre` unless that is null.
+template <Activation kind, class X>
+struct DenseEpilogue {
+  const float* bias;  // or null
+  X *y, *pre;
+  int64_t n;
+  void operator()(const Tile& tile) const {
+    for_tile(tile, n, [&](int64_t row, int64_t col, int lanes, Vec v) {
+      if (bias) v += load_lanes(bias + col, lanes);
+      if (pre) store_lanes(pre + row * n + col, v, lanes);
+      store_lanes(y + row * n + col, activate<kind>(v), lanes);
+    });
+  }
+};
+
 template <class Mode, class X, class W>
 inline void dense_forward(const Threads& threads, const MatrixView<X>& x, const MatrixView<W>& w, const float* bias,
                           Activation activation, X* y, X* pre, int64_t m, int64_t n, int64_t k) {
   with_activation(activation, [&](auto tag) {
-    auto finish = [=](int64_t row, int64_t col, int lanes, Vec v) {
-      if (bias) v += load_lanes(bias + col, lanes);
-      if (pre) store_lanes(pre + row * n + col, v, lanes);
-      store_lanes(y + row * n + col, activate<decltype(tag)::value>(v), lanes);
-    };
-    if (m <= kFewRows) return multiply_few_rows(threads, x, w, m, n, k, finish);
-    gemm<Mode>(threads, x, transposed(w), m, n, k, [&](const Tile& tile) { for_tile(tile, n, finish); });
+    dense_product<Mode>(threads, x, w, m, n, k, DenseEpilogue<decltype(tag)::value, X>{bias, y, pre, n});
   });
 }
 

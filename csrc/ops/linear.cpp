@@ -29,15 +29,14 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const Tensor& weight, con
   return {y, pre};
 }
 
-// Gradients that are not wanted are empty tensors.
+// Gradients of the arguments in `wants` (x, weight, bias); the others are empty tensors.
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                              const Tensor& pre, std::string activation, bool want_x, bool want_weight,
-                                              bool want_bias) {
+                                              const Tensor& pre, std::string activation, std::vector<bool> wants) {
   const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
   check_contiguous(dy, "linear_bwd", "dy");
-  Tensor dx = empty({want_x ? m : 0, k}, x.scalar_type(), x);
-  Tensor dweight = empty({want_weight ? n : 0, k}, weight.scalar_type(), x);
-  Tensor dbias = empty({want_bias ? n : 0}, ScalarType::Float, x);
+  Tensor dx = empty({wants[0] ? m : 0, k}, x.scalar_type(), x);
+  Tensor dweight = empty({wants[1] ? n : 0, k}, weight.scalar_type(), x);
+  Tensor dbias = empty({wants[2] ? n : 0}, ScalarType::Float, x);
   linear_backward({.x_dtype = kernel_dtype(x, "linear", "x"),
                    .weight_dtype = kernel_dtype(weight, "linear", "weight"),
                    .m = m,
@@ -50,9 +49,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dy, const Tensor& x,
                    .weight = weight.const_data_ptr(),
                    .pre = pre.const_data_ptr(),
                    .activation = parse_activation(activation),
-                   .dx = want_x ? dx.mutable_data_ptr() : nullptr,
-                   .dweight = want_weight ? dweight.mutable_data_ptr() : nullptr,
-                   .dbias = want_bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr},
+                   .dx = wants[0] ? dx.mutable_data_ptr() : nullptr,
+                   .dweight = wants[1] ? dweight.mutable_data_ptr() : nullptr,
+                   .dbias = wants[2] ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr},
                   torch_threads());
   return {dx, dweight, dbias};
 }
@@ -63,8 +62,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dy, const Tensor& x,
 STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_fast, m) {
   m.def("linear_fwd(Tensor x, Tensor weight, Tensor? bias, str activation, bool save_pre) -> (Tensor y, Tensor pre)");
   m.def(
-      "linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor pre, str activation, bool want_x, bool want_weight, bool "
-      "want_bias) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+      "linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor pre, str activation, bool[] wants) -> (Tensor dx, Tensor "
+      "dweight, Tensor dbias)");
 }
 STABLE_TORCH_LIBRARY_IMPL(bigmodel_fast, CPU, m) {
   m.impl("linear_fwd", TORCH_BOX(&bmf::linear_fwd));

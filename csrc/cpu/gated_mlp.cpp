@@ -1,0 +1,98 @@
+// y = h Wd^T with h = activation(gate) * up, gate = x Wg^T, up = x Wu^T.
+//
+// Forward packs the panels of Wg and Wu alternately, so that one tile of the first product holds both factors of h.
+// Backward makes h again beside dgate and dup in the epilogue of dy Wd; dx is the sum of two products in one tile.
+#include "cpu/gated_mlp.h"
+
+#include "cpu/dense.h"
+
+namespace bmf::BMF_ISA {
+namespace {
+
+// f(row, col, lanes, gate, up) for each register of a tile whose panels alternate between gate and up.
+template <class F>
+BMF_INLINE void for_gated_tile(const Tile& tile, int64_t n, const F& f) {
+  for (int64_t p = 0; p < tile.panels; p += 2) {
+    const int64_t col = (tile.panel + p) / 2 * kPanel;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const float* gate = tile.sums + r * Tile::stride + p * kPanel;
+      for_lanes(smaller(kPanel, n - col), [&](int64_t c, int lanes) {
+        f(tile.row + r, col + c, lanes, load(gate + c), load(gate + kPanel + c));
+      });
+    }
+  }
+}
+
+}  // namespace
+
+void gated_mlp_forward(const GatedMlpFwdArgs& a, const Threads& threads) {
+  with_dense_types(a.x_dtype, a.weight_dtype, [&](auto types) {
+    using Types = decltype(types);
+    using Mode = typename Types::Mode;
+    using X = typename Types::Input;
+    using W = typename Types::Weight;
+    const int64_t f = a.f;
+    const Scratch hidden(a.m * f * sizeof(X));
+    X *h = hidden.at<X>(0), *gate_out = static_cast<X*>(a.gate), *up_out = static_cast<X*>(a.up);
+    const MatrixView<X> x{static_cast<const X*>(a.x), a.x_stride, 1};
+    const MatrixView<W> w_gate{static_cast<const W*>(a.w_gate), a.gate_stride, 1};
+    const MatrixView<W> w_up{static_cast<const W*>(a.w_up), a.up_stride, 1};
+    const MatrixView<W> w_down{static_cast<const W*>(a.w_down), a.down_stride, 1};
+    with_activation(a.activation, [&](auto tag) {
+      auto finish = [=](int64_t row, int64_t col, int lanes, Vec gate, Vec up) {
+        const int64_t at = row * f + col;
+        if (gate_out) store_lanes(gate_out + at, gate, lanes);
+        if (up_out) store_lanes(up_out + at, up, lanes);
+        store_lanes(h + at, activate<decltype(tag)::value>(gate) * up, lanes);
+      };
+      const OperandB<Mode> panels(threads, a.k, f, transposed(w_gate), transposed(w_up));
+      const OperandA<Mode> rows(threads, x, a.m, a.k);
+      const Product<Mode> product{&rows, &panels};
+      gemm<Mode>(threads, a.m, &product, 1, 2, [&](const Tile& tile) { for_gated_tile(tile, f, finish); });
+    });
+    dense_forward<Mode>(threads, MatrixView<X>{h, f, 1}, w_down, nullptr, Activation::none, static_cast<X*>(a.y),
+                        static_cast<X*>(nullptr), a.m, a.n, f);
+  });
+}
+
+void gated_mlp_backward(const GatedMlpBwdArgs& a, const Threads& threads) {
+  with_dense_types(a.x_dtype, a.weight_dtype, [&](auto types) {
+    using Types = decltype(types);
+    using Mode = typename Types::Mode;
+    using X = typename Types::Input;
+    using W = typename Types::Weight;
+    const int64_t f = a.f, bytes = a.m * f * static_cast<int64_t>(sizeof(X));
+    const Scratch hidden(bytes), gate_grad(bytes), up_grad(bytes);
+    X *h_out = hidden.at<X>(0), *dgate_out = gate_grad.at<X>(0), *dup_out = up_grad.at<X>(0);
+    const X *gate_in = static_cast<const X*>(a.gate), *up_in = static_cast<const X*>(a.up);
+    const MatrixView<X> x{static_cast<const X*>(a.x), a.x_stride, 1}, dy{static_cast<const X*>(a.dy), a.n, 1};
+    const MatrixView<X> h{h_out, f, 1}, dgate{dgate_out, f, 1}, dup{dup_out, f, 1};
+    const MatrixView<W> w_gate{static_cast<const W*>(a.w_gate), a.gate_stride, 1};
+    const MatrixView<W> w_up{static_cast<const W*>(a.w_up), a.up_stride, 1};
+    const MatrixView<W> w_down{static_cast<const W*>(a.w_down), a.down_stride, 1};
+    with_activation(a.activation, [&](auto tag) {
+      constexpr Activation kind = decltype(tag)::value;
+      gemm<Mode>(threads, dy, w_down, a.m, f, a.n, [=](const Tile& tile) {
+        for_tile(tile, f, [=](int64_t row, int64_t col, int lanes, Vec dh) {
+          const int64_t at = row * f + col;
+          const Vec gate = load_lanes(gate_in + at, lanes), up = load_lanes(up_in + at, lanes),
+                    active = activate<kind>(gate);
+          store_lanes(h_out + at, active * up, lanes);
+          store_lanes(dgate_out + at, dh * up * activate_grad<kind>(gate), lanes);
+          store_lanes(dup_out + at, dh * active, lanes);
+        });
+      });
+    });
+    if (a.dw_down) dense_wgrad<Mode>(threads, dy, h, static_cast<W*>(a.dw_down), a.m, a.n, f);
+    if (a.dw_gate) dense_wgrad<Mode>(threads, dgate, x, static_cast<W*>(a.dw_gate), a.m, f, a.k);
+    if (a.dw_up) dense_wgrad<Mode>(threads, dup, x, static_cast<W*>(a.dw_up), a.m, f, a.k);
+    if (a.dx) {
+      const OperandB<Mode> gate_panels(threads, f, a.k, w_gate), up_panels(threads, f, a.k, w_up);
+      const OperandA<Mode> gate_rows(threads, dgate, a.m, f), up_rows(threads, dup, a.m, f);
+      const Product<Mode> products[] = {{&gate_rows, &gate_panels}, {&up_rows, &up_panels}};
+      gemm<Mode>(threads, a.m, products, 2, 1, StoreTile<X>{static_cast<X*>(a.dx), a.k, a.k});
+    }
+  });
+}
+
+}  // namespace bmf::BMF_ISA
