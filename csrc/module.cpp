@@ -1,5 +1,5 @@
-// The pybind11 module bigmodel_fast._C: what is not a tensor operator. Importing it also loads the operator library, which
-// registers torch.ops.bigmodel_fast.*; `import torch` must have come first.
+// The pybind11 module bigmodel_fast._C: what is not a tensor operator. Importing it also loads the operator library,
+// which registers torch.ops.bigmodel_fast.*; `import torch` must have come first.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,7 +14,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native side of bigmodel_fast: instruction sets and build information.";
   bmf::active_isa();  // a wrong BMF_CPU_ISA is an error now, not at the first operator
   m.def("cpu_isa", [] { return bmf::isa_name(bmf::active_isa()); }, "Instruction set the CPU kernels use.");
-  m.def("set_cpu_isa", &bmf::set_isa, py::arg("name"), "Force an instruction set; ValueError if this machine lacks it.");
+  m.def("set_cpu_isa", &bmf::set_isa, py::arg("name"),
+        "Force an instruction set; ValueError if this machine lacks it.");
   m.def(
       "supported_cpu_isas",
       [] {

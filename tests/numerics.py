@@ -18,7 +18,8 @@ def bound(eager: torch.Tensor, exact: torch.Tensor, factor: float) -> float:
     """The largest error accepted: `factor` times eager's, plus a few ulp of the largest exact value."""
     finite = exact.double()[exact.isfinite()]
     scale = finite.abs().max().item() if finite.numel() else 0.0
-    return factor * max_error(eager, exact) + ULPS * torch.finfo(eager.dtype).eps * scale + torch.finfo(eager.dtype).tiny
+    limits = torch.finfo(eager.dtype)
+    return factor * max_error(eager, exact) + ULPS * limits.eps * scale + limits.tiny
 
 
 def assert_close(actual: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, factor: float, what: str) -> None:

@@ -20,11 +20,11 @@ def check_input(op: str, x: Tensor) -> None:
         raise ValueError(f"{op}: x must be [..., in], got {_checks.describe(x)}")
 
 
-def operands(x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
+def operands(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """x as autocast wants it, then the weights: kept as they are where the kernel converts them, else in x's dtype."""
-    (x,) = _checks.autocast(x)
+    x = x.to(_checks.autocast_dtype(x) or x.dtype)
     keep = x.dtype is torch.bfloat16
-    return x, *(w if w is None or (keep and w.dtype is torch.float32) else w.to(x.dtype) for w in weights)
+    return x, *(w if keep and w.dtype is torch.float32 else w.to(x.dtype) for w in weights)
 
 
 def rows(t: Tensor) -> Tensor:

@@ -1,0 +1,30 @@
+"""explain(): what it counts, the reasons it gives, and its table."""
+
+import torch
+
+import bigmodel_fast as bmf
+
+
+def rows() -> list[tuple[str, str, str, int]]:
+    return [(c.op, c.path, c.reason, c.count) for c in bmf.explain(reset=True).calls]
+
+
+def test_counts_the_kernel_and_names_the_reason_for_the_reference() -> None:
+    bmf.explain(reset=True)
+    x, w = torch.randn(3, 8), torch.randn(5, 8)
+    bmf.ops.linear(x, w)
+    bmf.ops.linear(x, w)
+    bmf.ops.linear(x.double(), w.double())
+    assert rows() == [
+        ("linear", "native", "", 2),
+        ("linear", "reference", "no kernel for torch.float64", 1),
+    ]
+
+
+def test_table_has_a_row_per_path() -> None:
+    bmf.explain(reset=True)
+    assert str(bmf.explain()) == "no operator has been called yet"
+    bmf.ops.linear(torch.randn(3, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64))
+    header, row = str(bmf.explain(reset=True)).splitlines()
+    assert header.split()[:3] == ["operator", "path", "calls"]
+    assert row.split() == ["linear", "reference", "1", "no", "kernel", "for", "torch.float64"]
