@@ -1,8 +1,12 @@
 """linear_cross_entropy: cross_entropy(x W^T + b, target) without ever holding [tokens, vocab] logits."""
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from . import cross_entropy as cross_entropy_op
+from .. import _dispatch
+from . import _checks, _dense
+from .cross_entropy import reference as cross_entropy_reference
 from .linear import reference as linear_reference
 
 
@@ -18,7 +22,7 @@ def reference(
     reduction: str = "mean",
 ) -> Tensor:
     """Plain torch; holds the logits."""
-    return cross_entropy_op.reference(
+    return cross_entropy_reference(
         linear_reference(x, weight, bias),
         target,
         ignore_index=ignore_index,
@@ -26,6 +30,72 @@ def reference(
         softcap=softcap,
         reduction=reduction,
     )
+
+
+def _empty_gradients(x, weight, wants):
+    return (
+        x.new_empty(x.shape[0] if wants[0] else 0, x.shape[1]),
+        weight.new_empty(weight.shape[0] if wants[1] else 0, weight.shape[1], dtype=torch.float32),
+        x.new_empty(weight.shape[0] if wants[2] else 0, dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("bigmodel_fast::linear_cross_entropy_fwd")
+def _(x, weight, bias, target, ignore_index, label_smoothing, softcap, reduction, wants):
+    loss = x.new_empty(target.shape if reduction == "none" else (), dtype=torch.float32)
+    return loss, *_empty_gradients(x, weight, wants)
+
+
+@torch.library.register_fake("bigmodel_fast::linear_cross_entropy_bwd")
+def _(dloss, x, weight, bias, target, ignore_index, label_smoothing, softcap, reduction, wants):
+    return _empty_gradients(x, weight, wants)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are made in forward, where the logits are, and only scaled in backward; but for reduction "none"."""
+
+    @staticmethod
+    def forward(x, weight, bias, target, wants, *options):
+        made = wants if options[-1] != "none" else (False, False, False)
+        return torch.ops.bigmodel_fast.linear_cross_entropy_fwd(
+            x, _dense.rows(weight), _dense.wide(bias), target, *options, made
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, target, ctx.wants, *ctx.options = inputs
+        _, *gradients = output
+        ctx.mark_non_differentiable(*gradients)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, target, *gradients)
+        ctx.gradients_free = ctx.options[-1] != "none"
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, *_):
+        nothing = (None,) * (2 + len(ctx.options))
+        if dloss is None:
+            return None, None, None, *nothing
+        x, weight, bias, target, *gradients = ctx.saved_tensors
+        if not ctx.gradients_free:
+            gradients = torch.ops.bigmodel_fast.linear_cross_entropy_bwd(
+                dloss.contiguous(), x, _dense.rows(weight), _dense.wide(bias), target, *ctx.options, ctx.wants
+            )
+        elif torch.compiler.is_compiling():
+            gradients = [g * dloss for g in gradients]
+        else:
+            # Handed out without a copy, as what autograd may keep for a parameter's .grad; a second backward through a
+            # retained graph finds them taken, and makes its own.
+            ctx.gradients_free = False
+            if dloss.item() != 1.0:
+                gradients = [g.detach().mul_(dloss) for g in gradients]
+        dx, dweight, dbias = gradients
+        return (
+            dx if ctx.wants[0] else None,
+            dweight.to(weight.dtype) if ctx.wants[1] else None,
+            dbias.to(bias.dtype) if ctx.wants[2] else None,
+            *nothing,
+        )
 
 
 def linear_cross_entropy(
@@ -39,13 +109,52 @@ def linear_cross_entropy(
     softcap: float | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    return reference(
-        x,
-        weight,
-        target,
-        bias=bias,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        softcap=softcap,
-        reduction=reduction,
-    )
+    """The output layer of a language model and its loss: cross_entropy(x W^T + b, target).
+
+    Logits exist for a chunk of tokens at a time (about 100 MiB of them). With reduction "mean" and "sum" the gradients
+    are made in the same pass, so that nothing is computed twice; with "none" backward computes the logits again.
+
+    Args:
+        x: [..., width], any strides; float32, bfloat16 or (by reference) another floating dtype.
+        weight: [classes, width], torch's layout; may be float32 with a bfloat16 x.
+        target: [...], int64, each in [0, classes) or ignore_index.
+        bias: [classes] or None.
+        ignore_index: tokens with this target have no loss and no gradient, cost nothing and do not count in the mean.
+        label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2016).
+        softcap: if given, logits become softcap * tanh(logits / softcap) first (Gemma 2).
+        reduction: "mean" (over tokens that are not ignored; NaN if there are none), "sum" or "none".
+
+    Returns:
+        float32 (float64 for float64 x); a scalar, or target's shape for "none".
+
+    Raises:
+        TypeError: an argument is not floating point, or target is not int64.
+        ValueError: shapes or devices do not fit together, or an option is out of range.
+        IndexError: a target is out of range (on CPU, outside of torch.compile).
+    """
+    op = "linear_cross_entropy"
+    _checks.floating(op, x=x, weight=weight, bias=bias)
+    _dense.check_input(op, x)
+    _dense.check_weight(op, "weight", weight, None, x.shape[-1], "(x's last dimension)")
+    if weight.shape[0] == 0:
+        raise ValueError(f"{op}: weight must have at least one class, got {_checks.describe(weight)}")
+    _checks.shape(op, "bias", bias, (weight.shape[0],), "(one per row of weight)")
+    _checks.loss_options(op, label_smoothing, softcap, reduction)
+    _checks.targets(op, target, x, weight.shape[0], ignore_index)
+    x, weight = _dense.operands(x, weight)
+    if not _dispatch.use_native(op, _dispatch.unsupported(x, weight, bias)):
+        return reference(
+            x,
+            weight,
+            target,
+            bias=bias,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            softcap=softcap,
+            reduction=reduction,
+        )
+    wants = tuple(_dense.needs_grad(t) for t in (x, weight, bias))
+    options = (ignore_index, label_smoothing, softcap or 0.0, reduction)
+    tokens = target.reshape(-1).contiguous()
+    loss, *_ = _LinearCrossEntropy.apply(_dense.rows(x), weight, bias, tokens, wants, *options)
+    return loss.view(target.shape) if reduction == "none" else loss

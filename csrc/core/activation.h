@@ -1,4 +1,4 @@
-// The activation functions and their derivatives, on registers of floats.
+// The activation functions and their derivatives, and the softcap of logits, on registers of floats.
 #pragma once
 #include "core/simd.h"
 
@@ -6,6 +6,13 @@ namespace bmf::BMF_ISA {
 
 constexpr float kSqrtHalf = 0.70710678118654752f, kInvSqrt2Pi = 0.39894228040143268f,
                 kSqrt2OverPi = 0.79788456080286536f;
+
+// Logits kept within (-cap, cap): cap tanh(x / cap).
+BMF_INLINE Vec soft_cap(Vec x, float cap, float inverse_cap) {
+  Vec z = tanh(x * inverse_cap) * cap;
+  __asm__("" : "+x"(z));  // rounded here, and not fused into a later subtraction: the maximum less itself must be zero
+  return z;
+}
 
 template <Activation kind>
 BMF_INLINE Vec activate(Vec x) {

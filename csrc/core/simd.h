@@ -91,7 +91,7 @@ BMF_INLINE Vec sqrt(Vec x) {
 #endif
 }
 
-// ---- memory: float or bf16 in memory, float in the register --------------------------------------------------------
+// ---- memory: float or bf16 in memory, float in the register ----
 
 BMF_INLINE Vec widen(VecH h) { return reinterpret_cast<Vec>(__builtin_convertvector(h, VecU) << 16); }
 
@@ -233,8 +233,7 @@ BMF_INLINE void store_lanes(T* p, Vec v, int lanes) {
     store_partial(p, v, lanes);
 }
 
-// ---- horizontal
-// ------------------------------------------------------------------------------------------------------
+// ---- horizontal ----
 
 BMF_INLINE float sum(Vec v) {
 #if defined(__AVX512F__)
@@ -260,8 +259,7 @@ BMF_INLINE float max_lane(Vec v) {
 #endif
 }
 
-// ---- functions
-// -------------------------------------------------------------------------------------------------------
+// ---- functions ----
 
 // e^x within 1 ulp or so; 0 below -104, inf above 88.7; NaN stays NaN.
 BMF_INLINE Vec exp(Vec x) {

@@ -1,6 +1,6 @@
 #include "cpu/cross_entropy.h"
 
-#include "core/simd.h"
+#include "core/activation.h"
 
 namespace bmf::BMF_ISA {
 namespace {
@@ -9,10 +9,7 @@ constexpr int64_t kBlock = 4096;  // logits: 16 KiB of float, half of the first-
 
 template <bool kCapped>
 BMF_INLINE Vec cap(Vec x, float softcap, float inverse) {
-  if constexpr (!kCapped) return x;
-  Vec z = tanh(x * inverse) * softcap;
-  __asm__("" : "+x"(z));  // rounded here, and not fused into a later subtraction: the maximum less itself must be zero
-  return z;
+  return kCapped ? soft_cap(x, softcap, inverse) : x;
 }
 
 struct RowSums {

@@ -3,34 +3,19 @@
 
 #include <tuple>
 
-#include "ops/common.h"
+#include "ops/targets.h"
 
 namespace bmf {
 namespace {
 
 constexpr auto kOp = "cross_entropy";
 
-// Position of the first target that is neither a class nor ignore_index; -1 if there is none.
-int64_t find_bad_target(const Tensor& target, int64_t classes, int64_t ignore_index) {
-  const Tensor held = torch::stable::contiguous(target);
-  const int64_t* t = static_cast<const int64_t*>(held.data_ptr());
-  for (int64_t i = 0; i < held.numel(); ++i)
-    if ((t[i] < 0 || t[i] >= classes) && t[i] != ignore_index) return i;
-  return -1;
-}
-
-int64_t count_used(const int64_t* target, int64_t rows, int64_t ignore_index) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < rows; ++i) count += target[i] != ignore_index;
-  return count;
-}
-
 std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor& target, int64_t ignore_index,
                                              double label_smoothing, double softcap, std::string reduction) {
   const RowTensor x = row_tensor(logits, kOp, "logits");
   const Tensor t = torch::stable::contiguous(target);
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.numel() == x.count, kOp, ": one int64 target for each row");
-  STD_TORCH_CHECK(find_bad_target(t, x.width, ignore_index) < 0, kOp, ": target out of range");
+  check_targets(t, x.width, ignore_index, kOp);
   const Tensor losses = empty(target.sizes(), ScalarType::Float, logits);
   const Tensor lse = empty({x.count, 2}, ScalarType::Float, logits);
   CrossEntropyForwardArgs args{};
@@ -47,7 +32,7 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor&
   if (reduction == "none") return {losses, lse};
   double loss = 0;
   for (int64_t i = 0; i < args.rows; ++i) loss += args.loss[i];
-  if (reduction == "mean") loss /= static_cast<double>(count_used(args.target, args.rows, ignore_index));
+  if (reduction == "mean") loss /= static_cast<double>(count_used(t, ignore_index));
   const Tensor reduced = empty({}, ScalarType::Float, logits);
   *static_cast<float*>(reduced.data_ptr()) = static_cast<float>(loss);
   return {reduced, lse};
@@ -73,7 +58,7 @@ Tensor cross_entropy_bwd(const Tensor& grad_loss, const Tensor& logits, const Te
   args.scale_stride = reduction == "none" ? 1 : 0;
   float mean_scale;
   if (reduction == "mean") {
-    mean_scale = *args.scale / static_cast<float>(count_used(args.target, args.rows, ignore_index));
+    mean_scale = *args.scale / static_cast<float>(count_used(t, ignore_index));
     args.scale = &mean_scale;
   }
   cross_entropy_backward(args, torch_threads());
@@ -84,7 +69,6 @@ Tensor cross_entropy_bwd(const Tensor& grad_loss, const Tensor& logits, const Te
 }  // namespace bmf
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_fast, m) {
-  m.def("find_bad_target(Tensor target, int classes, int ignore_index) -> int");
   m.def(
       "cross_entropy_fwd(Tensor logits, Tensor target, int ignore_index, float label_smoothing, float softcap, "
       "str reduction) -> (Tensor loss, Tensor lse)");
@@ -94,7 +78,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_fast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel_fast, CPU, m) {
-  m.impl("find_bad_target", TORCH_BOX(&bmf::find_bad_target));
   m.impl("cross_entropy_fwd", TORCH_BOX(&bmf::cross_entropy_fwd));
   m.impl("cross_entropy_bwd", TORCH_BOX(&bmf::cross_entropy_bwd));
 }

@@ -1,0 +1,294 @@
+// Tokens are taken in chunks, so that a chunk's logits fit in kLogitsBytes; the vocabulary in blocks, whose weights are
+// packed where the cache is. For each chunk, first all logits with the maximum and the sum of exponentials of each
+// row's panels, found while a tile is still in L2; then, block by block, logits become their gradients in place and are
+// multiplied into dx and dW.
+//
+// A logit is kept as its distance to its panel's maximum: where the Element is bf16, those that matter most are then
+// the most exact.
+#include "cpu/linear_cross_entropy.h"
+
+#include "core/activation.h"
+#include "cpu/dense.h"
+
+namespace bmf::BMF_ISA {
+namespace {
+
+constexpr int64_t kLogitsBytes = int64_t{104} << 20, kFewestTokens = 256;
+constexpr int64_t kBlockClasses = 4096;  // a multiple of kPanel
+constexpr float kLowest = -3.402823466e38f;
+
+// What is known of one token's logits in one panel.
+struct PanelStats {
+  float top, exp_sum, plain_sum;  // maximum, sum of exp(z - top), sum
+};
+
+template <class Mode, class X, class W>
+class Chunks {
+  using Element = typename Mode::Element;
+
+ public:
+  Chunks(const LinearCrossEntropyArgs& args, const Threads& threads, const int64_t* used, int64_t used_count)
+      : args_(args),
+        threads_(threads),
+        used_(used),
+        grads_(args.dx || args.dweight || args.dbias),
+        capped_(args.softcap != 0),
+        inverse_(capped_ ? 1.0f / args.softcap : 0),
+        stride_(ceil_div(args.classes, kPanel) * kPanel),
+        panels_(stride_ / kPanel),
+        x_stride_(units_of<Mode>(args.width) * Mode::kPerUnit),
+        chunk_(chunk_tokens(used_count)),
+        x_(chunk_ * x_stride_ * sizeof(Element)),
+        logits_(grads_ ? chunk_ * stride_ * sizeof(Element) : 0),
+        stats_(chunk_ * panels_ * sizeof(PanelStats)),
+        tokens_(chunk_ * sizeof(Token)),
+        dx_(args.dx ? chunk_ * args.width * sizeof(float) : 0),
+        dbias_(args.dbias ? kBlockClasses * sizeof(float) : 0) {
+    for (int64_t first = 0; first < used_count; first += chunk_) run(first, smaller(chunk_, used_count - first));
+  }
+
+ private:
+  struct Token {
+    int64_t target;
+    float hit;  // the target's logit
+    float top, log_sum;
+    float scale;
+  };
+
+  int64_t chunk_tokens(int64_t used_count) const {
+    if (!grads_ || used_count == 0) return used_count;
+    const int64_t fit = kLogitsBytes / (stride_ * static_cast<int64_t>(sizeof(Element)));
+    const int64_t chunks = ceil_div(used_count, fit > kFewestTokens ? fit : kFewestTokens);
+    return ceil_div(used_count, chunks);
+  }
+
+  Element* logits(int64_t row) const { return logits_.template at<Element>(0) + row * stride_; }
+  PanelStats* stats(int64_t row) const { return stats_.template at<PanelStats>(0) + row * panels_; }
+  Token& token(int64_t row) const { return tokens_.template at<Token>(0)[row]; }
+
+  void run(int64_t first, int64_t count) {
+    gather(first, count);
+    const MatrixView<Element> x{x_.template at<Element>(0), x_stride_, 1};
+    const OperandA<Mode> x_rows(threads_, x, count, x_stride_);
+    for_blocks([&](int64_t col, int64_t cols) { multiply_logits(x_rows, count, col, cols); });
+    parallel_ranges(threads_, count, 16, [&](int64_t begin, int64_t end, int) { merge(first, begin, end); });
+    if (!grads_) return;
+    const OperandB<Mode> x_panels(threads_, args_.dweight ? count : 0, args_.width, x);
+    for_blocks([&](int64_t col, int64_t cols) {
+      parallel_ranges(threads_, count, 1, [&](int64_t begin, int64_t end, int) {
+        for (int64_t row = begin; row < end; ++row) differentiate(row, col, cols);
+      });
+      if (args_.dbias) add_bias_gradient(first, count, col, cols);
+      if (args_.dx) add_input_gradient(count, col, cols);
+      if (args_.dweight) add_weight_gradient(x_panels, first, count, col, cols);
+    });
+    if (args_.dx) scatter_input_gradient(first, count);
+  }
+
+  template <class F>
+  void for_blocks(const F& f) const {
+    for (int64_t col = 0; col < args_.classes; col += kBlockClasses)
+      f(col, smaller(kBlockClasses, args_.classes - col));
+  }
+
+  MatrixView<W> weight(int64_t col) const {
+    return {static_cast<const W*>(args_.weight) + col * args_.weight_stride, args_.weight_stride, 1};
+  }
+
+  // The chunk's rows of x, side by side, as the micro-kernel reads them.
+  void gather(int64_t first, int64_t count) const {
+    parallel_ranges(threads_, count, row_grain(args_.width), [&](int64_t begin, int64_t end, int) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t at = used_[first + row];
+        const MatrixView<X> x{static_cast<const X*>(args_.x) + at * args_.x_stride, args_.x_stride, 1};
+        Element* to = x_.template at<Element>(0) + row * x_stride_;
+        pack_rows<Mode>(x, args_.width, 0, 1, reinterpret_cast<float*>(to), 0);
+        token(row) = {args_.target[at], 0, 0, 0, args_.scale ? args_.scale[at * args_.scale_stride] : 0};
+      }
+    });
+  }
+
+  void multiply_logits(const OperandA<Mode>& x_rows, int64_t count, int64_t col, int64_t cols) const {
+    const OperandB<Mode> panels(threads_, args_.width, cols, transposed(weight(col)));
+    const Product<Mode> product{&x_rows, &panels};
+    gemm<Mode>(threads_, count, &product, 1, 1, [&](const Tile& tile) {
+      for (int64_t p = 0; p < tile.panels; ++p) {
+        const int64_t at = col + (tile.panel + p) * kPanel;
+        const int here = panels.columns(tile.panel + p);
+        for (int64_t r = 0; r < tile.rows; ++r)
+          take_panel(tile.row + r, at, here, tile.sums + r * Tile::stride + p * kPanel);
+      }
+    });
+  }
+
+  // One row of one panel of logits, `cols` of them from class `col`.
+  BMF_INLINE void take_panel(int64_t row, int64_t col, int cols, const float* sums) const {
+    Vec z[kPanelVecs], most = broadcast(kLowest);
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVecs; ++v) {
+      const int left = cols - v * kLanes, lanes = left >= kLanes ? kLanes : left > 0 ? left : 0;
+      z[v] = load(sums + v * kLanes);
+      if (args_.bias) z[v] += load_lanes(args_.bias + col + (lanes ? v * kLanes : 0), lanes);
+      if (capped_) z[v] = soft_cap(z[v], args_.softcap, inverse_);
+      most = max(first_lanes(z[v], lanes, kLowest), most);
+    }
+    const float top = max_lane(most);
+    Vec exp_sum{}, plain_sum{};
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVecs; ++v) {
+      const int left = cols - v * kLanes, lanes = left >= kLanes ? kLanes : left > 0 ? left : 0;
+      const Vec distance = first_lanes(z[v] - top, lanes, 0);
+      if (grads_) store(logits(row) + col + v * kLanes, distance);
+      exp_sum += first_lanes(exp(distance), lanes, 0);
+      plain_sum += first_lanes(z[v], lanes, 0);
+    }
+    stats(row)[col / kPanel] = {top, sum(exp_sum), sum(plain_sum)};
+    Token& t = token(row);
+    if (const int64_t hit = t.target - col; hit >= 0 && hit < cols) {
+      const Vec z_hit = broadcast(sums[hit] + (args_.bias ? args_.bias[t.target] : 0));
+      t.hit = capped_ ? soft_cap(z_hit, args_.softcap, inverse_)[0] : z_hit[0];
+    }
+  }
+
+  // The panels of a row put together: its loss, and what its gradients need.
+  void merge(int64_t first, int64_t begin, int64_t end) const {
+    for (int64_t row = begin; row < end; ++row) {
+      const PanelStats* of = stats(row);
+      float top = kLowest, exp_sum = 0, plain_sum = 0;
+      for (int64_t p = 0; p < panels_; ++p) top = of[p].top > top ? of[p].top : top;
+      for (int64_t p = 0; p < panels_; ++p) {
+        exp_sum += of[p].exp_sum * exp(broadcast(of[p].top - top))[0];
+        plain_sum += of[p].plain_sum;
+      }
+      Token& t = token(row);
+      t.log_sum = __builtin_logf(exp_sum);
+      t.top = top;
+      if (args_.loss == nullptr) continue;
+      float loss = t.log_sum + (top - t.hit);
+      if (args_.label_smoothing != 0)
+        loss += args_.label_smoothing * (t.hit - plain_sum / static_cast<float>(args_.classes));
+      args_.loss[used_[first + row]] = loss;
+    }
+  }
+
+  // Logits to their gradients, in place; zeros up to the next multiple of kPanel.
+  void differentiate(int64_t row, int64_t col, int64_t cols) const {
+    const Token& t = token(row);
+    const float everywhere = args_.label_smoothing / static_cast<float>(args_.classes);
+    Element* at = logits(row) + col;
+    const int64_t hit = t.target - col;
+    for (int64_t c = 0; c < cols; c += kPanel) {
+      const float top = stats(row)[(col + c) / kPanel].top;
+      const float shift = (top - t.top) - t.log_sum;
+      auto gradient = [&](Vec distance, float less) {
+        Vec g = (exp(distance + shift) - less) * t.scale;
+        if (capped_) {
+          const Vec share = (distance + top) * inverse_;
+          g *= 1.0f - share * share;
+        }
+        return g;
+      };
+      const bool has_hit = hit >= c && hit < c + kPanel;
+      const Vec hit_gradient =
+          has_hit ? gradient(broadcast(to_float(at[hit])), everywhere + (1.0f - args_.label_smoothing)) : Vec{};
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanelVecs; ++v) {
+        const int64_t left = cols - c - v * kLanes;
+        const int lanes = static_cast<int>(left >= kLanes ? kLanes : left > 0 ? left : 0);
+        Element* place = at + c + v * kLanes;
+        store(place, first_lanes(gradient(load(place), everywhere), lanes, 0));
+      }
+      if (has_hit) from_float(hit_gradient[0], at + hit);
+    }
+  }
+
+  void add_bias_gradient(int64_t first, int64_t count, int64_t col, int64_t cols) const {
+    float* sums = dbias_.template at<float>(0);
+    column_sums(threads_, MatrixView<Element>{logits(0) + col, stride_, 1}, count, cols, sums);
+    for_lanes(cols, [&](int64_t c, int lanes) {
+      const Vec before = first == 0 ? Vec{} : load_lanes(args_.dbias + col + c, lanes);
+      store_lanes(args_.dbias + col + c, before + load_lanes(sums + c, lanes), lanes);
+    });
+  }
+
+  void add_input_gradient(int64_t count, int64_t col, int64_t cols) const {
+    const MatrixView<Element> g{logits(0) + col, stride_, 1};
+    const OperandB<Mode> panels(threads_, cols, args_.width, weight(col));
+    const OperandA<Mode> rows(threads_, g, count, units_of<Mode>(cols) * Mode::kPerUnit);
+    const Product<Mode> product{&rows, &panels};
+    gemm<Mode>(threads_, count, &product, 1, 1, AddTile{dx_.template at<float>(0), args_.width, col == 0});
+  }
+
+  void add_weight_gradient(const OperandB<Mode>& x_panels, int64_t first, int64_t count, int64_t col,
+                           int64_t cols) const {
+    const MatrixView<Element> g{logits(0) + col, 1, stride_};
+    const OperandA<Mode> rows(threads_, g, cols, count);
+    const Product<Mode> product{&rows, &x_panels};
+    gemm<Mode>(threads_, cols, &product, 1, 1, AddTile{args_.dweight + col * args_.width, args_.width, first == 0});
+  }
+
+  void scatter_input_gradient(int64_t first, int64_t count) const {
+    parallel_ranges(threads_, count, row_grain(args_.width), [&](int64_t begin, int64_t end, int) {
+      for (int64_t row = begin; row < end; ++row) {
+        const float* from = dx_.template at<float>(0) + row * args_.width;
+        X* to = static_cast<X*>(args_.dx) + used_[first + row] * args_.width;
+        for_lanes(args_.width, [&](int64_t c, int lanes) { store_lanes(to + c, load_lanes(from + c, lanes), lanes); });
+      }
+    });
+  }
+
+  // Epilogue that adds a tile to `out` [rows, n], or stores it there if it is the first.
+  struct AddTile {
+    float* out;
+    int64_t n;
+    bool first;
+    void operator()(const Tile& tile) const {
+      for_tile(tile, n, [&](int64_t row, int64_t col, int lanes, Vec v) {
+        float* at = out + row * n + col;
+        store_lanes(at, first ? v : v + load_lanes(at, lanes), lanes);
+      });
+    }
+  };
+
+  const LinearCrossEntropyArgs& args_;
+  const Threads& threads_;
+  const int64_t* used_;
+  const bool grads_, capped_;
+  const float inverse_;  // of the softcap
+  const int64_t stride_, panels_, x_stride_, chunk_;
+  const Scratch x_, logits_, stats_, tokens_, dx_, dbias_;
+};
+
+template <class T>
+void zero(const Threads& threads, T* data, int64_t count) {
+  if (data == nullptr) return;
+  parallel_ranges(threads, count, 1 << 16, [&](int64_t begin, int64_t end, int) {
+    __builtin_memset(data + begin, 0, (end - begin) * sizeof(T));
+  });
+}
+
+}  // namespace
+
+void linear_cross_entropy(const LinearCrossEntropyArgs& args, const Threads& threads) {
+  const Scratch positions(args.tokens * sizeof(int64_t));
+  int64_t* used = positions.at<int64_t>(0);
+  int64_t count = 0;
+  for (int64_t i = 0; i < args.tokens; ++i)
+    if (args.target[i] != args.ignore_index) used[count++] = i;
+  if (count < args.tokens) {
+    zero(threads, args.loss, args.tokens);
+    with_type(args.x_dtype,
+              [&](auto type) { zero(threads, static_cast<decltype(type)*>(args.dx), args.tokens * args.width); });
+  }
+  if (count == 0) {
+    zero(threads, args.dweight, args.classes * args.width);
+    zero(threads, args.dbias, args.classes);
+    return;
+  }
+  with_dense_types(args.x_dtype, args.weight_dtype, [&](auto types) {
+    using Types = decltype(types);
+    Chunks<typename Types::Mode, typename Types::Input, typename Types::Weight>(args, threads, used, count);
+  });
+}
+
+}  // namespace bmf::BMF_ISA
