@@ -73,14 +73,18 @@ BMF_INLINE Vec load_units(const T* p, int64_t n) {
   }
 }
 
-// One register of units from one (float) or two (pairs of bf16) rows of columns that lie side by side.
-template <class Mode>
-BMF_INLINE Vec interleave_rows(Vec first, Vec second) {
+// One register of units from one row (float) or two neighbouring ones (pairs of bf16), of which `lanes` columns exist;
+// `second` is null where there is no such row.
+template <class Mode, class T>
+BMF_INLINE Vec interleave_rows(const T* first, const T* second, int lanes) {
   if constexpr (Mode::kPerUnit == 1) {
-    return first;
-  } else {
-    const VecU low = __builtin_convertvector(narrow(first), VecU), high = __builtin_convertvector(narrow(second), VecU);
+    return load_lanes(first, lanes);
+  } else if constexpr (sizeof(T) == 2) {
+    const VecU low = load_bits(first, lanes), high = second ? load_bits(second, lanes) : VecU{};
     return reinterpret_cast<Vec>(low | (high << 16));
+  } else {
+    const VecH low = narrow(load_lanes(first, lanes)), high = narrow(second ? load_lanes(second, lanes) : Vec{});
+    return reinterpret_cast<Vec>(__builtin_convertvector(low, VecU) | (__builtin_convertvector(high, VecU) << 16));
   }
 }
 
@@ -130,17 +134,17 @@ void pack_panel(const MatrixView<T>& b, int64_t k, int64_t col, int cols, float*
       for (int v = 0; v < kPanelVecs; ++v) {
         const int c = v * kLanes, left = cols - c;
         const int lanes = left >= kLanes ? kLanes : left > 0 ? left : 0;
-        const Vec first = load_lanes(b.at(row, col + c), lanes);
-        const Vec second = has_second ? load_lanes(b.at(row + 1, col + c), lanes) : Vec{};
-        store(panel + u * kPanel + c, interleave_rows<Mode>(first, second));
+        const T* second = has_second ? b.at(row + 1, col + c) : nullptr;
+        store(panel + u * kPanel + c, interleave_rows<Mode>(b.at(row, col + c), second, lanes));
       }
     }
     return;
   }
-  // Rows are contiguous (weights as torch keeps them: [out, in]): transpose squares of kLanes units.
-  for (int64_t u = 0; u < units; u += kLanes) {
-    const int64_t here = units - u < kLanes ? units - u : kLanes;
-    for (int c = 0; c < kPanel; c += kLanes) {
+  // Rows are contiguous (weights as torch keeps them: [out, in]): transpose squares of kLanes units. All of kLanes rows
+  // before the next: the hardware prefetches so many streams and not kPanel of them.
+  for (int c = 0; c < kPanel; c += kLanes) {
+    for (int64_t u = 0; u < units; u += kLanes) {
+      const int64_t here = units - u < kLanes ? units - u : kLanes;
       Vec square[kLanes];
       for (int i = 0; i < kLanes; ++i)
         square[i] =
@@ -172,9 +176,8 @@ void pack_rows(const MatrixView<T>& a, int64_t k, int64_t row, int rows, float* 
       Vec square[kLanes] = {};
       for (int i = 0; i < here; ++i) {
         const int64_t c = (u + i) * Mode::kPerUnit;
-        const Vec first = load_lanes(a.at(row + r, c), lanes);
-        const Vec second = Mode::kPerUnit == 2 && c + 1 < k ? load_lanes(a.at(row + r, c + 1), lanes) : Vec{};
-        square[i] = interleave_rows<Mode>(first, second);
+        const T* second = Mode::kPerUnit == 2 && c + 1 < k ? a.at(row + r, c + 1) : nullptr;
+        square[i] = interleave_rows<Mode>(a.at(row + r, c), second, lanes);
       }
       transpose_units(square);
       for (int i = 0; i < lanes; ++i) store_lanes(out + (r + i) * stride + u, square[i], static_cast<int>(here));

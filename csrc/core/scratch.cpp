@@ -9,6 +9,7 @@ namespace bmf {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kSmall = size_t{32} << 20;  // a region below this serves any smaller request
 constexpr int kSlots = 64;
 
 struct Region {
@@ -28,9 +29,12 @@ Scratch::Scratch(size_t bytes) {
   const size_t wanted = bytes == 0 ? page : (bytes + page - 1) / page * page;
   {
     const std::lock_guard lock(mutex);
-    int best = -1;  // the smallest region that is large enough
+    int best = -1;  // the smallest region that is large enough, and not so large that another call will miss it
+    const size_t most = wanted < kSmall ? kSmall : wanted + wanted / 2;
     for (int i = 0; i < kept_count; ++i)
-      if (kept[i].capacity >= wanted && (best < 0 || kept[i].capacity < kept[best].capacity)) best = i;
+      if (kept[i].capacity >= wanted && kept[i].capacity <= most &&
+          (best < 0 || kept[i].capacity < kept[best].capacity))
+        best = i;
     if (best >= 0) {
       data_ = kept[best].data;
       capacity_ = kept[best].capacity;
@@ -51,23 +55,33 @@ Scratch::Scratch(size_t bytes) {
   if (page == kHugePage) madvise(data_, capacity_, MADV_HUGEPAGE);  // advice: failure changes nothing
 }
 
-Scratch::~Scratch() {
+Scratch::~Scratch() { give_back({data_, capacity_}); }
+
+Scratch::Held Scratch::release() {
+  const Held held{data_, capacity_};
+  data_ = nullptr;
+  return held;
+}
+
+void Scratch::give_back(Held held) {
+  if (held.data == nullptr) return;
+  const size_t capacity = held.capacity;
   {
     const std::lock_guard lock(mutex);
     // Smaller regions make room: calls repeat, and the larger region serves them all.
     for (int i = kept_count - 1; i >= 0; --i)
-      if ((kept_bytes + capacity_ > kScratchKeptLimit || kept_count == kSlots) && kept[i].capacity <= capacity_) {
+      if ((kept_bytes + capacity > kScratchKeptLimit || kept_count == kSlots) && kept[i].capacity <= capacity) {
         munmap(kept[i].data, kept[i].capacity);
         kept_bytes -= kept[i].capacity;
         kept[i] = kept[--kept_count];
       }
-    if (kept_bytes + capacity_ <= kScratchKeptLimit && kept_count < kSlots) {
-      kept[kept_count++] = {data_, capacity_};
-      kept_bytes += capacity_;
+    if (kept_bytes + capacity <= kScratchKeptLimit && kept_count < kSlots) {
+      kept[kept_count++] = {static_cast<char*>(held.data), capacity};
+      kept_bytes += capacity;
       return;
     }
   }
-  munmap(data_, capacity_);
+  munmap(held.data, capacity);
 }
 
 size_t scratch_kept_bytes() {

@@ -15,6 +15,14 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
+  // The memory outlives this object; give_back(data, capacity) returns it to the pool.
+  struct Held {
+    void* data;
+    size_t capacity;
+  };
+  Held release();
+  static void give_back(Held held);
+
   template <class T>
   T* at(size_t byte_offset) const {
     return reinterpret_cast<T*>(data_ + byte_offset);

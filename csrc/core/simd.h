@@ -225,6 +225,19 @@ template <class T>
 BMF_INLINE Vec load_lanes(const T* p, int lanes) {
   return lanes == kLanes ? load(p) : load_partial(p, lanes);
 }
+// As load_lanes, but the numbers' bits, in the low half of each lane.
+BMF_INLINE VecU load_bits(const bf16* p, int lanes) {
+  VecH h;
+  if (lanes == kLanes)
+    __builtin_memcpy(&h, p, sizeof h);
+  else
+#if defined(__AVX512F__)
+    h = reinterpret_cast<VecH>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << lanes) - 1), p));
+#else
+    h = VecH{}, __builtin_memcpy(&h, p, lanes * sizeof(bf16));
+#endif
+  return __builtin_convertvector(h, VecU);
+}
 template <class T>
 BMF_INLINE void store_lanes(T* p, Vec v, int lanes) {
   if (lanes == kLanes)

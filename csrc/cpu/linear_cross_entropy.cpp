@@ -3,8 +3,9 @@
 // row's panels, found while a tile is still in L2; then, block by block, logits become their gradients in place and are
 // multiplied into dx and dW.
 //
-// A logit is kept as its distance to its panel's maximum: where the Element is bf16, those that matter most are then
-// the most exact.
+// What is kept of a logit is exp(z - top of its panel): as exact in bf16 as its gradient will be, whatever the size of
+// z. Capped ones are kept as z - top, which the derivative of the cap needs: those that matter most are near zero,
+// where bf16 is the most exact.
 #include "cpu/linear_cross_entropy.h"
 
 #include "core/activation.h"
@@ -33,6 +34,7 @@ class Chunks {
         used_(used),
         grads_(args.dx || args.dweight || args.dbias),
         capped_(args.softcap != 0),
+        smooth_(args.label_smoothing != 0),
         inverse_(capped_ ? 1.0f / args.softcap : 0),
         stride_(ceil_div(args.classes, kPanel) * kPanel),
         panels_(stride_ / kPanel),
@@ -138,11 +140,12 @@ class Chunks {
     for (int v = 0; v < kPanelVecs; ++v) {
       const int left = cols - v * kLanes, lanes = left >= kLanes ? kLanes : left > 0 ? left : 0;
       const Vec distance = first_lanes(z[v] - top, lanes, 0);
-      if (grads_) store(logits(row) + col + v * kLanes, distance);
-      exp_sum += first_lanes(exp(distance), lanes, 0);
-      plain_sum += first_lanes(z[v], lanes, 0);
+      const Vec e = exp(distance);
+      if (grads_) store(logits(row) + col + v * kLanes, capped_ ? distance : e);
+      exp_sum += first_lanes(e, lanes, 0);
+      if (smooth_) plain_sum += first_lanes(z[v], lanes, 0);
     }
-    stats(row)[col / kPanel] = {top, sum(exp_sum), sum(plain_sum)};
+    stats(row)[col / kPanel] = {top, sum(exp_sum), smooth_ ? sum(plain_sum) : 0};
     Token& t = token(row);
     if (const int64_t hit = t.target - col; hit >= 0 && hit < cols) {
       const Vec z_hit = broadcast(sums[hit] + (args_.bias ? args_.bias[t.target] : 0));
@@ -171,34 +174,31 @@ class Chunks {
     }
   }
 
-  // Logits to their gradients, in place; zeros up to the next multiple of kPanel.
+  // What was kept of the logits to their gradients, in place; zeros up to the next multiple of kPanel.
   void differentiate(int64_t row, int64_t col, int64_t cols) const {
     const Token& t = token(row);
     const float everywhere = args_.label_smoothing / static_cast<float>(args_.classes);
+    auto gradient = [&](Vec probability, Vec z, float less) {
+      const Vec g = (probability - less) * t.scale;
+      return capped_ ? g * (1.0f - (z * inverse_) * (z * inverse_)) : g;
+    };
     Element* at = logits(row) + col;
-    const int64_t hit = t.target - col;
     for (int64_t c = 0; c < cols; c += kPanel) {
-      const float top = stats(row)[(col + c) / kPanel].top;
-      const float shift = (top - t.top) - t.log_sum;
-      auto gradient = [&](Vec distance, float less) {
-        Vec g = (exp(distance + shift) - less) * t.scale;
-        if (capped_) {
-          const Vec share = (distance + top) * inverse_;
-          g *= 1.0f - share * share;
-        }
-        return g;
-      };
-      const bool has_hit = hit >= c && hit < c + kPanel;
-      const Vec hit_gradient =
-          has_hit ? gradient(broadcast(to_float(at[hit])), everywhere + (1.0f - args_.label_smoothing)) : Vec{};
+      const float top = stats(row)[(col + c) / kPanel].top, shift = (top - t.top) - t.log_sum;
+      const float factor = exp(broadcast(shift))[0];
 #pragma GCC unroll 4
       for (int v = 0; v < kPanelVecs; ++v) {
         const int64_t left = cols - c - v * kLanes;
         const int lanes = static_cast<int>(left >= kLanes ? kLanes : left > 0 ? left : 0);
         Element* place = at + c + v * kLanes;
-        store(place, first_lanes(gradient(load(place), everywhere), lanes, 0));
+        const Vec kept = load(place);
+        store(place,
+              first_lanes(gradient(capped_ ? exp(kept + shift) : kept * factor, kept + top, everywhere), lanes, 0));
       }
-      if (has_hit) from_float(hit_gradient[0], at + hit);
+    }
+    if (const int64_t hit = t.target - col; hit >= 0 && hit < cols) {  // from the exact logit
+      const Vec probability = exp(broadcast((t.hit - t.top) - t.log_sum));
+      from_float(gradient(probability, broadcast(t.hit), everywhere + (1.0f - args_.label_smoothing))[0], at + hit);
     }
   }
 
@@ -253,7 +253,7 @@ class Chunks {
   const LinearCrossEntropyArgs& args_;
   const Threads& threads_;
   const int64_t* used_;
-  const bool grads_, capped_;
+  const bool grads_, capped_, smooth_;
   const float inverse_;  // of the softcap
   const int64_t stride_, panels_, x_stride_, chunk_;
   const Scratch x_, logits_, stats_, tokens_, dx_, dbias_;

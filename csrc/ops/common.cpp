@@ -1,6 +1,8 @@
 #include "ops/common.h"
 
-#include <sys/mman.h>
+#include <vector>
+
+#include "core/scratch.h"
 
 namespace bmf {
 
@@ -35,15 +37,15 @@ RowTensor row_tensor(const Tensor& t, const char* op, const char* name) {
 }
 
 Tensor empty(Sizes sizes, ScalarType dtype, const Tensor& like) {
-  Tensor t = torch::stable::new_empty(like, sizes, dtype);
-  constexpr size_t kHugePage = size_t{2} << 20;
-  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
-  if (bytes >= 4 * kHugePage) {
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + kHugePage - 1) & ~(kHugePage - 1);
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + bytes) & ~(kHugePage - 1);
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failure changes nothing
-  }
-  return t;
+  constexpr size_t kPooled = size_t{32} << 20;  // what malloc maps afresh, and unmaps when freed, every time
+  size_t bytes = dtype == ScalarType::BFloat16 ? 2 : 4;
+  for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
+  if (bytes < kPooled) return torch::stable::new_empty(like, sizes, dtype);
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * sizes[d];
+  const Scratch::Held held = Scratch(bytes).release();
+  return torch::stable::from_blob(held.data, sizes, strides, like.device(), dtype,
+                                  [held](void*) { Scratch::give_back(held); });
 }
 
 }  // namespace bmf

@@ -58,8 +58,8 @@ RowTensor row_tensor(const Tensor& t, const char* op, const char* name);
 
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-// As torch.empty, but asks the kernel for huge pages where the tensor is large: fresh gradients are then not paid for
-// in page faults.
+// As torch.empty for float and bfloat16, but a large tensor's memory comes from the pool of scratch memory and goes
+// back there: the gradient of a large embedding is then not paid for in page faults at every step.
 Tensor empty(Sizes sizes, ScalarType dtype, const Tensor& like);
 
 }  // namespace bmf
