@@ -1,0 +1,127 @@
+"""A corpus as two files of token numbers, train and validation, memory-mapped; made once, kept in a folder."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .corpus import DataError, find_documents
+from .tokenizer import Tokenizer
+
+SAMPLE_BYTES = 4 << 20  # of text to train a tokenizer on: enough for vocabularies of some thousands
+BATCH_BYTES = 1 << 20  # of text to encode at once
+
+
+@dataclass
+class TokenFiles:
+    """A prepared corpus: its tokenizer, and the tokens of each split as a read-only memory map."""
+
+    tokenizer: Tokenizer
+    train: np.ndarray
+    validation: np.ndarray
+
+
+def prepare(
+    data: str | Path | None,
+    folder: Path,
+    *,
+    tokenizer: str = "bpe",
+    vocab_size: int = 4096,
+    validation_share: float = 0.05,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TokenFiles:
+    """The corpus at `data` (see find_documents), tokenized into `folder`; taken from there if it is there already.
+
+    Whole documents go to one split or the other, chosen by a hash of their text, so equal documents never stand in
+    both. A corpus of one document is cut in two instead.
+
+    Args:
+        tokenizer: "bpe", trained on the training split, or "bytes".
+        progress: called with bytes done and bytes in all.
+
+    Raises:
+        DataError: the corpus is missing, empty, or too small to be split.
+        OSError: the folder cannot be written.
+    """
+    documents = find_documents(data)
+    key = {
+        "documents": [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in documents],
+        "settings": [tokenizer, vocab_size, validation_share],
+    }
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    ready = folder / digest
+    if not ready.exists():
+        texts = [p.read_text(encoding="utf-8", errors="replace") for p in documents]
+        unfinished = folder / f"{digest}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        _write(unfinished, *_split(texts, validation_share), tokenizer, vocab_size, progress)
+        unfinished.rename(ready)
+    kept = Tokenizer.load(ready / "tokenizer.json")
+    return TokenFiles(kept, *(np.load(ready / f"{split}.npy", mmap_mode="r") for split in ("train", "validation")))
+
+
+def _split(texts: list[str], share: float) -> tuple[list[str], list[str]]:
+    if len(texts) == 1:
+        cut = int(len(texts[0]) * (1 - share))
+        return [texts[0][:cut]], [texts[0][cut:]]
+    ordered = sorted(set(texts), key=lambda t: hashlib.sha256(t.encode("utf-8", "surrogatepass")).digest())
+    wanted = share * sum(map(len, ordered))
+    validation, taken = set(), 0
+    for text in ordered[:-1]:
+        if taken >= wanted:
+            break
+        validation.add(text)
+        taken += len(text)
+    return [t for t in texts if t not in validation], [t for t in dict.fromkeys(texts) if t in validation]
+
+
+def _write(
+    folder: Path,
+    train: list[str],
+    validation: list[str],
+    kind: str,
+    vocab_size: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    if not any(train) or not any(validation):
+        raise DataError("the corpus is too small to keep a part of it for validation; give more text with --data")
+    if kind == "bpe":
+        tokenizer = Tokenizer.train(_sample(train), vocab_size)
+    elif kind == "bytes":
+        tokenizer = Tokenizer()
+    else:
+        raise ValueError(f"tokenizer must be bpe or bytes, got {kind!r}")
+    tokenizer.save(folder / "tokenizer.json")
+    total, done = sum(map(len, train)) + sum(map(len, validation)), 0
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    for split, texts in (("train", train), ("validation", validation)):
+        parts = []
+        for batch in _in_batches(texts):
+            parts += [np.array([*tokens, tokenizer.end], dtype) for tokens in tokenizer.encode_batch(batch)]
+            done += sum(map(len, batch))
+            progress(done, total)
+        np.save(folder / f"{split}.npy", np.concatenate(parts))
+
+
+def _sample(texts: list[str]) -> Iterator[str]:
+    """Every n-th document, so that about SAMPLE_BYTES remain."""
+    step = max(1, sum(map(len, texts)) // SAMPLE_BYTES)
+    return iter(texts[::step])
+
+
+def _in_batches(texts: list[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
