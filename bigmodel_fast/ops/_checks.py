@@ -15,14 +15,17 @@ def describe(t: object) -> str:
     return repr(t)
 
 
-def floating(op: str, **tensors: Tensor | None) -> None:
-    """Each is a floating-point tensor or None, and all are on one device."""
+def given(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """Those that are not None: the optional arguments a caller has passed."""
+    return {name: t for name, t in tensors.items() if t is not None}
+
+
+def floating(op: str, **tensors: Tensor) -> None:
+    """Each is a floating-point tensor, and all are on one device."""
     device = None
     for name, t in tensors.items():
-        if t is None:
-            continue
         if not isinstance(t, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
+            raise TypeError(f"{op}: {name} must be a tensor, got {None if t is None else type(t).__name__}")
         if not t.is_floating_point():
             raise TypeError(f"{op}: {name} must be floating point, got {describe(t)}")
         if device is None:

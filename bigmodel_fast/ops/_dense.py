@@ -1,5 +1,7 @@
 """What linear, mlp and gated_mlp share: checks, operands as the kernels take them, and when to save for backward."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def operands(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
 
 def rows(t: Tensor) -> Tensor:
     """`t` as [rows, width] with contiguous rows, without a copy where its strides allow it."""
-    t = t.reshape(-1, t.shape[-1])
+    t = t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
     return t if t.stride(-1) == 1 or t.shape[-1] < 2 else t.contiguous()
 
 

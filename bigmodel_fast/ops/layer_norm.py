@@ -87,7 +87,7 @@ def layer_norm(
         TypeError: an argument is no floating-point tensor.
         ValueError: shapes or devices do not fit together.
     """
-    _checks.floating("layer_norm", x=x, weight=weight, bias=bias, residual=residual)
+    _checks.floating("layer_norm", x=x, **_checks.given(weight=weight, bias=bias, residual=residual))
     if x.dim() == 0:
         raise ValueError(f"layer_norm: x must be [..., width], got {_checks.describe(x)}")
     _checks.shape("layer_norm", "weight", weight, (x.shape[-1],), "(x's last dimension)")

@@ -83,7 +83,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
         TypeError: an argument is no floating-point tensor.
         ValueError: shapes or devices do not fit together, or the activation is unknown.
     """
-    _checks.floating("linear", x=x, weight=weight, bias=bias)
+    _checks.floating("linear", x=x, weight=weight, **_checks.given(bias=bias))
     _dense.check_input("linear", x)
     _dense.check_weight("linear", "weight", weight, None, x.shape[-1], "(x's last dimension)")
     _checks.shape("linear", "bias", bias, (weight.shape[0],), "(one per row of weight)")

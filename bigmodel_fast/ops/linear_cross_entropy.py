@@ -133,7 +133,7 @@ def linear_cross_entropy(
         IndexError: a target is out of range (on CPU, outside of torch.compile).
     """
     op = "linear_cross_entropy"
-    _checks.floating(op, x=x, weight=weight, bias=bias)
+    _checks.floating(op, x=x, weight=weight, **_checks.given(bias=bias))
     _dense.check_input(op, x)
     _dense.check_weight(op, "weight", weight, None, x.shape[-1], "(x's last dimension)")
     if weight.shape[0] == 0:

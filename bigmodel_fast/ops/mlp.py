@@ -98,7 +98,7 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
         TypeError: an argument is no floating-point tensor.
         ValueError: shapes or devices do not fit together, or the activation is unknown.
     """
-    _checks.floating("mlp", x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+    _checks.floating("mlp", x=x, w1=w1, w2=w2, **_checks.given(b1=b1, b2=b2))
     _dense.check_input("mlp", x)
     _dense.check_weight("mlp", "w1", w1, None, x.shape[-1], "(x's last dimension)")
     _checks.shape("mlp", "b1", b1, (w1.shape[0],), "(one per row of w1)")

@@ -75,7 +75,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor |
         TypeError: an argument is no floating-point tensor.
         ValueError: shapes or devices do not fit together.
     """
-    _checks.floating("rms_norm", x=x, weight=weight, residual=residual)
+    _checks.floating("rms_norm", x=x, weight=weight, **_checks.given(residual=residual))
     if x.dim() == 0:
         raise ValueError(f"rms_norm: x must be [..., width], got {_checks.describe(x)}")
     _checks.shape("rms_norm", "weight", weight, (x.shape[-1],), "(x's last dimension)")

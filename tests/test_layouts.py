@@ -1,0 +1,77 @@
+"""Any strides and alignment, empty tensors, and every length a vector's tail can have."""
+
+import pytest
+import torch
+from compare import assert_matches
+from specs import Layout, Sample, Spec, all_specs, case_id, cases
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def transposed(t: Tensor) -> Tensor:
+    """The last dimension is not the contiguous one."""
+    return t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t
+
+
+def outer_permuted(t: Tensor) -> Tensor:
+    """The dimensions before the last are in another order in memory, as heads are behind a projection."""
+    return t.transpose(0, -2).contiguous().transpose(0, -2) if t.dim() > 2 else t
+
+
+def padded_rows(t: Tensor) -> Tensor:
+    """Rows are further apart than they are long."""
+    return torch.nn.functional.pad(t, (0, 3))[..., : t.shape[-1]] if t.dim() > 0 else t
+
+
+def every_second(t: Tensor) -> Tensor:
+    """Elements are two apart."""
+    return t.repeat_interleave(2, dim=-1)[..., ::2] if t.dim() > 0 else t
+
+
+def offset(t: Tensor) -> Tensor:
+    """The first element lies one element behind an aligned address."""
+    return torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape)
+
+
+def expanded(t: Tensor) -> Tensor:
+    """All rows are the same memory."""
+    return t[:1].expand_as(t) if t.dim() > 1 else t
+
+
+def scalar(t: Tensor) -> Tensor:
+    """All elements are the same memory, as the gradient of a sum is."""
+    return t.reshape(-1)[0].expand_as(t)
+
+
+LAYOUTS = (transposed, outer_permuted, padded_rows, every_second, offset, expanded)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("spec", all_specs(), ids=case_id)
+def test_strides(spec: Spec, dtype: torch.dtype, layout: Layout) -> None:
+    """Of inputs and of the gradients that come back."""
+    for sample in (spec.samples[0], spec.samples[1]):
+        assert_matches(spec, sample, sample.tensors(dtype, layout=layout), layout=layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("spec", all_specs(), ids=case_id)
+def test_gradient_of_a_sum(spec: Spec, dtype: torch.dtype) -> None:
+    sample = spec.samples[1]
+    assert_matches(spec, sample, sample.tensors(dtype), layout=scalar)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize(("spec", "sample"), cases("empty"), ids=case_id)
+def test_empty(spec: Spec, sample: Sample, dtype: torch.dtype) -> None:
+    assert_matches(spec, sample, sample.tensors(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("spec", all_specs(), ids=case_id)
+def test_every_tail_length(spec: Spec, dtype: torch.dtype) -> None:
+    for n in range(1, 68):  # 64 is the widest block any kernel works in
+        sample = spec.tail(n)
+        assert_matches(spec, sample, sample.tensors(dtype), what=f"n={n}")
