@@ -1,1 +1,8 @@
-"""Fused optimizers and schedules."""
+"""Fused optimizers, gradient clipping and schedules."""
+
+from .adamw import AdamW
+from .clip import clip_grad_norm_
+from .schedule import warmup_cosine
+from .sgd import SGD
+
+__all__ = ["SGD", "AdamW", "clip_grad_norm_", "warmup_cosine"]

@@ -1,0 +1,29 @@
+"""Which steps the kernels take over, and the states they work on."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch, _library  # noqa: F401  (loads the native operators)
+
+
+def unsupported(group: dict[str, Any], parameters: Iterable[Tensor], options: tuple[str, ...]) -> str | None:
+    """Why the kernel does not take this group of parameters with gradients; None if it does."""
+    for option in options:
+        if group.get(option):
+            return f"no kernel for {option}"
+    for p in parameters:
+        for t in (p, p.grad):
+            if t.layout is not torch.strided:
+                return "no kernel for sparse gradients"
+            if (reason := _dispatch.unsupported(t)) is not None:
+                return reason
+            if not t.is_contiguous():
+                return "a parameter or gradient is not contiguous"
+    return None
+
+
+def with_gradients(group: dict[str, Any]) -> list[Tensor]:
+    return [p for p in group["params"] if p.grad is not None]

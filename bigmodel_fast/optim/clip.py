@@ -1,0 +1,37 @@
+"""Gradient clipping by the norm of all gradients together."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch
+from . import _fused
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Iterable[Tensor] | Tensor, max_norm: float, *, error_if_nonfinite: bool = False
+) -> Tensor:
+    """Scales the gradients so that their Euclidean norm is at most `max_norm`; as torch.nn.utils.clip_grad_norm_.
+
+    Args:
+        parameters: whose .grad is clipped, in place; those without one are passed over.
+        max_norm: the bound.
+        error_if_nonfinite: raise RuntimeError for a norm that is NaN or infinite, before anything is scaled.
+
+    Returns:
+        The norm before clipping, float32.
+    """
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    with_grad = [p for p in parameters if p.grad is not None]
+    if not _dispatch.use_native("clip_grad_norm_", _fused.unsupported({}, with_grad, ())):
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=error_if_nonfinite)
+    grads = [p.grad for p in with_grad]
+    norm = torch.ops.bigmodel_fast.grad_norm(grads)
+    if error_if_nonfinite and not norm < float("inf"):
+        raise RuntimeError(f"clip_grad_norm_: the norm of the gradients is {norm}, so they cannot be clipped")
+    factor = max_norm / (norm + 1e-6)
+    if not factor >= 1:  # NaN too: then the gradients become NaN, as torch's do
+        torch.ops.bigmodel_fast.grad_scale_(grads, factor)
+    return torch.tensor(norm)

@@ -1,0 +1,14 @@
+"""Learning-rate schedules, as functions of the step."""
+
+import math
+
+
+def warmup_cosine(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
+    """The factor of the learning rate at `step` (from 0) of `steps`: up to 1 over `warmup` steps, then down to `floor`.
+
+    The way down is half a cosine (Loshchilov and Hutter 2017).
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
