@@ -71,10 +71,12 @@ def assert_matches(
     exact_outputs, exact_grads = differentiate(spec.reference, double(tensors), *call, seeds)
     for i, triple in enumerate(zip(outputs, eager_outputs, exact_outputs, strict=True)):
         numerics.assert_close(*triple, numerics.FORWARD, f"{what} output {i}")
+    scale = max((numerics.largest(g) for g in exact_grads.values() if g is not None), default=0.0)
     for name in sample.wanted:
         assert grads[name] is not None, f"{what}: no gradient of {name}"
+        triple = grads[name], eager_grads[name], exact_grads[name]
         numerics.assert_close(
-            grads[name], eager_grads[name], exact_grads[name], numerics.BACKWARD, f"{what} gradient of {name}"
+            *triple, numerics.BACKWARD, f"{what} gradient of {name}", scale if spec.differences else None
         )
 
 

@@ -14,17 +14,29 @@ def max_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     return difference.max().item() if difference.numel() else 0.0
 
 
-def bound(eager: torch.Tensor, exact: torch.Tensor, factor: float) -> float:
-    """The largest error accepted: `factor` times eager's, plus a few ulp of the largest exact value."""
+def largest(exact: torch.Tensor) -> float:
+    """The largest finite magnitude in a tensor."""
     finite = exact.double()[exact.isfinite()]
-    scale = finite.abs().max().item() if finite.numel() else 0.0
+    return finite.abs().max().item() if finite.numel() else 0.0
+
+
+def bound(eager: torch.Tensor, exact: torch.Tensor, factor: float, scale: float | None = None) -> float:
+    """The largest error accepted: `factor` times eager's, plus a few ulp of `scale`, or of the largest exact value."""
     limits = torch.finfo(eager.dtype)
+    scale = largest(exact) if scale is None else scale
     return factor * max_error(eager, exact) + ULPS * limits.eps * scale + limits.tiny
 
 
-def assert_close(actual: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, factor: float, what: str) -> None:
-    """`actual` is as near to `exact` as `eager` is, within `factor`."""
+def assert_close(
+    actual: torch.Tensor,
+    eager: torch.Tensor,
+    exact: torch.Tensor,
+    factor: float,
+    what: str,
+    scale: float | None = None,
+) -> None:
+    """`actual` is as near to `exact` as `eager` is, within `factor`; see `bound`."""
     assert actual.shape == exact.shape, f"{what}: shape {list(actual.shape)}, expected {list(exact.shape)}"
     assert actual.dtype == eager.dtype, f"{what}: dtype {actual.dtype}, expected {eager.dtype}"
-    error, limit = max_error(actual, exact), bound(eager, exact, factor)
+    error, limit = max_error(actual, exact), bound(eager, exact, factor, scale)
     assert error <= limit, f"{what}: error {error:.3e} exceeds {limit:.3e} (eager: {max_error(eager, exact):.3e})"

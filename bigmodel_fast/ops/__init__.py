@@ -1,7 +1,8 @@
 """The operators. Each file holds one: its equation, its readable reference, and the public function."""
 
 from .. import _library  # noqa: F401  (the native operators: fake kernels below are registered for them)
-from .attention import attention, attention_varlen
+from .attention import attention
+from .attention_varlen import attention_varlen
 from .cross_entropy import cross_entropy
 from .gated_mlp import gated_mlp
 from .layer_norm import layer_norm

@@ -5,13 +5,17 @@ import math
 import torch
 from torch import Tensor
 
+from .. import _dispatch
+from . import _attention, _checks
+from ._attention import Window
+
 
 def allowed_mask(
     queries: int,
     keys: int,
     *,
     is_causal: bool,
-    window: int | tuple[int, int] | None,
+    window: Window,
     key_lengths: Tensor | None,
     device: torch.device,
 ) -> Tensor | None:
@@ -42,7 +46,7 @@ def reference(
     dropout_p: float = 0.0,
     scale: float | None = None,
     enable_gqa: bool = False,
-    window: int | tuple[int, int] | None = None,
+    window: Window = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     key_lengths: Tensor | None = None,
@@ -90,46 +94,76 @@ def attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
     enable_gqa: bool = False,
-    window: int | tuple[int, int] | None = None,
+    window: Window = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     key_lengths: Tensor | None = None,
 ) -> Tensor:
-    return reference(
+    """Attention per head: softmax(scale Q K^T + mask) V, as torch's scaled_dot_product_attention and more.
+
+    Queries are aligned with the last keys: query i of S_q stands at key position i + S_k - S_q. That is
+    FlashAttention's rule; SDPA's `is_causal` counts from the first key, which is the same where S_q equals S_k. A query
+    that may see no key gives zeros, and has no gradient.
+
+    Args:
+        query: [B, H, S_q, D], any strides; float32, bfloat16 or (by reference) another floating dtype.
+        key: [B, H_kv, S_k, D].
+        value: [B, H_kv, S_k, D].
+        attn_mask: broadcastable to [B, H, S_q, S_k]; bool (True: may be seen) or added to the scores, with a gradient.
+        is_causal: a query sees no key behind its own position.
+        dropout_p: share of the softmax's weights that are dropped, drawn from torch's generator.
+        scale: of the scores; None: 1 / sqrt(D).
+        enable_gqa: H may be a multiple of H_kv; neighbouring heads share one of key and value.
+        window: a query sees keys at most so far from its position: one number, or (to the left, to the right).
+        softcap: scores become softcap * tanh(scores / softcap) before the mask is added (Gemma 2).
+        alibi_slopes: [H] or [B, H]; slope * distance is taken off the scores (Press et al. 2022). No gradient.
+        key_lengths: [B], int32 or int64: how many keys of each batch there are; those behind cost nothing.
+
+    Returns:
+        [B, H, S_q, D] in query's dtype (autocast's within an autocast region), which in memory is [B, S_q, H, D].
+
+    Raises:
+        TypeError: an argument is no tensor of its kind.
+        ValueError: shapes, dtypes or devices do not fit together, or an option is out of range.
+    """
+    op = "attention"
+    query, key, value = _attention.check_operands(op, query, key, value, enable_gqa, 4, "[B, H, S, D]")
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    if key.shape[0] != batch:
+        raise ValueError(f"{op}: key must have query's batch of {batch}, got {_checks.describe(key)}")
+    if attn_mask is not None:
+        _attention.check_mask(op, attn_mask, query, (batch, heads, queries, keys))
+    if key_lengths is not None:
+        _attention.check_lengths(op, "key_lengths", key_lengths, batch, keys)
+    sight = _attention.check_options(op, query, dropout_p, scale, softcap, window, is_causal, alibi_slopes, batch)
+    reason = _attention.uncovered(query, key, value, dropout_p)
+    if reason is None and attn_mask is not None and attn_mask.dtype is not torch.bool:
+        reason = _dispatch.unsupported(attn_mask)
+    if not _dispatch.use_native(op, reason):
+        return reference(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            dropout_p=dropout_p,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            key_lengths=key_lengths,
+        )
+    return _attention.apply(
         query,
         key,
         value,
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        dropout_p=dropout_p,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        window=window,
-        softcap=softcap,
+        bias=attn_mask,
         alibi_slopes=alibi_slopes,
         key_lengths=key_lengths,
+        dropout_p=dropout_p,
+        scale=scale,
+        softcap=softcap,
+        sight=sight,
     )
-
-
-def attention_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    **options,
-) -> Tensor:
-    """Attention within each packed sequence. query, key, value: [tokens, H, D]; cu_seqlens: [sequences + 1]."""
-    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    parts = [
-        attention(
-            query[q0:q1].transpose(0, 1)[None],
-            key[k0:k1].transpose(0, 1)[None],
-            value[k0:k1].transpose(0, 1)[None],
-            **options,
-        )[0].transpose(0, 1)
-        for q0, q1, k0, k1 in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False)
-    ]
-    return torch.cat(parts)

@@ -21,6 +21,7 @@ constexpr int64_t kSweepUnits = 512;
 
 BMF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 BMF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+BMF_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // The A operand, [m, k]: read in place where its memory already has the form, copied otherwise.
 template <class Mode>

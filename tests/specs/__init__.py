@@ -110,6 +110,8 @@ class Spec:
     # An input that is NaN or infinite, where the operator promises what comes out.
     special: tuple[str, ...] = ()
     plain: Callable[..., Any] | None = None
+    # Its gradients are differences that may vanish, of terms as large as its other gradients: a softmax's.
+    differences: bool = False
 
     @property
     def op(self) -> Callable[..., Any]:

@@ -1,0 +1,87 @@
+// Which attention weights dropout keeps: counter-based random numbers (Philox4x32, Salmon et al. 2011), so that
+// backward makes the same choices again instead of reading a stored mask.
+//
+// Seven rounds, the fewest that pass the authors' test batteries. A counter stands for 16 lanes of 128 neighbouring
+// keys of one query; it yields 16 random bits for each of them, the same ones on every instruction set.
+#pragma once
+#include "core/simd.h"
+
+namespace bmf::BMF_ISA {
+
+constexpr int kDropoutGroup = 128;  // keys whose choices are made together
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+// The high and low halves of a * m, lane by lane.
+BMF_INLINE void multiply_halves(VecU a, uint32_t m, VecU& high, VecU& low) {
+#if defined(__AVX512F__)
+  const __m512i x = reinterpret_cast<__m512i>(a), by = _mm512_set1_epi32(static_cast<int>(m));
+  const __m512i even = _mm512_mul_epu32(x, by), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), by);
+  low = reinterpret_cast<VecU>(_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)));
+  high = reinterpret_cast<VecU>(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd));
+#else
+  const __m256i x = reinterpret_cast<__m256i>(a), by = _mm256_set1_epi32(static_cast<int>(m));
+  const __m256i even = _mm256_mul_epu32(x, by), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), by);
+  low = reinterpret_cast<VecU>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa));
+  high = reinterpret_cast<VecU>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa));
+#endif
+}
+#else
+BMF_INLINE void multiply_halves(VecU a, uint32_t m, VecU& high, VecU& low) {
+  for (int i = 0; i < kLanes; ++i) {
+    const uint64_t product = uint64_t{a[i]} * m;
+    high[i] = static_cast<uint32_t>(product >> 32);
+    low[i] = static_cast<uint32_t>(product);
+  }
+}
+#endif
+
+// Bit i of the result: whether lane i of a is at least `least`.
+BMF_INLINE uint32_t at_least(VecU a, uint32_t least) {
+#if defined(__AVX512F__)
+  return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(a), _mm512_set1_epi32(static_cast<int>(least)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(a[i] >= least) << i;
+  return bits;
+#endif
+}
+
+// Bit i of keep[j]: whether key 128 group + 16 j + i of this query's row is kept, which happens with probability
+// 1 - threshold / 65536.
+BMF_INLINE void dropout_choices(uint64_t seed, uint32_t head, uint32_t row, uint32_t group, uint32_t threshold,
+                                uint16_t (&keep)[8]) {
+  for (int j = 0; j < 8; ++j) keep[j] = 0;
+  for (int first = 0; first < 16; first += kLanes) {
+    VecU x[4] = {VecU{}, VecU{} + row, VecU{} + head, VecU{} + group};
+    for (int i = 0; i < kLanes; ++i) x[0][i] = static_cast<uint32_t>(first + i);
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 7; ++round) {
+      VecU high0, low0, high1, low1;
+      multiply_halves(x[0], 0xD2511F53u, high0, low0);
+      multiply_halves(x[2], 0xCD9E8D57u, high1, low1);
+      x[0] = high1 ^ x[1] ^ (VecU{} + key0);
+      x[1] = low1;
+      x[2] = high0 ^ x[3] ^ (VecU{} + key1);
+      x[3] = low0;
+      key0 += 0x9E3779B9u;
+      key1 += 0xBB67AE85u;
+    }
+    for (int word = 0; word < 4; ++word) {
+      keep[2 * word] |= static_cast<uint16_t>(at_least(x[word] & 0xffffu, threshold) << first);
+      keep[2 * word + 1] |= static_cast<uint16_t>(at_least(x[word] >> 16, threshold) << first);
+    }
+  }
+}
+
+// v where the bit of the lane is set, 0 elsewhere; `bits` starts with the first lane's.
+BMF_INLINE Vec keep_lanes(Vec v, uint32_t bits) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), reinterpret_cast<__m512>(v)));
+#else
+  VecI bit;
+  for (int i = 0; i < kLanes; ++i) bit[i] = 1 << i;
+  return select(((VecI{} + static_cast<int32_t>(bits)) & bit) != 0, v, Vec{});
+#endif
+}
+
+}  // namespace bmf::BMF_ISA

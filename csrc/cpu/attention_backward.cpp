@@ -1,0 +1,472 @@
+// A thread takes one key head, or a run of its key blocks where heads are few, and goes through the query heads that
+// share it: their queries are packed in the four forms that the products need, then blocks of keys meet blocks of
+// queries.
+//
+//   S = Q K^T and dP = dO V^T, panel by panel and strip by strip, so that both stay in the first-level cache until
+//   P = 2^(S - top) / sum and dS = P (dP - delta) are made of them, each written once as the operand of a product to
+//   come: dV^T += dO^T P,  dK^T += Q^T dS,  dQ += dS K
+//
+// All sums are float. dQ of a head that is divided among threads is summed per part, and the parts in order, so a
+// gradient is the same bits from run to run; of dQ they depend on how many parts the number of threads asks for.
+#include "core/schedule.h"
+#include "cpu/attention_scores.h"
+#include "cpu/attention_softmax.h"
+
+namespace bmf::BMF_ISA {
+namespace {
+
+constexpr int64_t kKeys = 128, kQueries = 192, kStrip = 48;  // a block of keys, of queries, a strip of queries
+static_assert(kKeys == kDropoutGroup && kQueries % kStrip == 0);
+
+// Two neighbouring rows of a B operand for a product over rows: pairs of bf16, or one float row after the other.
+template <class Mode>
+BMF_INLINE void store_row_pair(float* panel, Vec first, Vec second) {
+#if defined(__AVX512BF16__)
+  if constexpr (Mode::kPerUnit == 2) {
+    const __m512i both = reinterpret_cast<__m512i>(
+        _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    store(panel, reinterpret_cast<Vec>(_mm512_permutexvar_epi16(order, both)));
+    return;
+  }
+#endif
+  store(panel, first);
+  store(panel + kPanel, second);
+}
+
+template <class Mode, class T>
+class AttentionBackward {
+  using Element = typename Mode::Element;
+  static constexpr int64_t kSize = sizeof(Element), kPerUnit = Mode::kPerUnit;
+  static constexpr int64_t kQueryUnits = kQueries / kPerUnit, kKeyUnits = kKeys / kPerUnit;
+
+ public:
+  AttentionBackward(const AttentionArgs& args, const Threads& threads)
+      : args_(args),
+        threads_(threads),
+        group_(args.heads / args.key_heads),
+        dim_(args.head_dim),
+        head_units_(units_of<Mode>(args.head_dim)),
+        head_panels_(ceil_div(args.head_dim, kPanel)),
+        row_stride_((head_units_ + 4) * 4),
+        column_stride_((kQueryUnits + 4) * 4),
+        dq_stride_(head_panels_ * kPanel) {
+    for (int64_t i = 0; i < args.sequence_count; ++i) {
+      const AttentionSequence& s = args.sequences[i];
+      query_blocks_ = larger(query_blocks_, ceil_div(s.queries, kQueries));
+      key_blocks_ = larger(key_blocks_, ceil_div(s.keys, kKeys));
+    }
+    Layout block;  // of queries, packed
+    q_rows_at_ = block.add(kQueries * row_stride_);
+    g_rows_at_ = block.add(kQueries * row_stride_);
+    q_columns_at_ = block.add(dim_ * column_stride_);
+    g_columns_at_ = block.add(dim_ * column_stride_);
+    stats_at_ = block.add(kQueries * 3 * 4);
+    block_bytes_ = block.bytes();
+    Layout layout;  // of a thread
+    blocks_at_ = layout.add(block_bytes_ * query_blocks_);
+    sums_at_ = layout.add(key_blocks_ * 2 * dim_ * kKeys * 4);
+    k_panels_at_ = layout.add(kKeys * head_units_ * 4);
+    v_panels_at_ = layout.add(kKeys * head_units_ * 4);
+    k_rows_at_ = layout.add(head_panels_ * kKeyUnits * kPanel * 4);
+    scores_at_ = layout.add(kStrip * kPanel * 4);
+    dp_at_ = layout.add(kStrip * kPanel * 4);
+    slopes_at_ = layout.add(kStrip * kPanel * 4);
+    p_panel_at_ = layout.add(kQueryUnits * kPanel * 4);
+    ds_panel_at_ = layout.add(kQueryUnits * kPanel * 4);
+    ds_rows_at_ = layout.add(kQueries * kDsStride * kSize);
+    keep_at_ = layout.add(kQueries * 8 * sizeof(uint16_t));
+    thread_bytes_ = layout.bytes();
+  }
+
+  // Tasks are runs of key blocks of one key head, or of all key heads that add to the same gradient of the bias.
+  void run() const {
+    const int64_t heads = args_.sequence_count * args_.key_heads;
+    const bool shared_heads = args_.bias.grad && args_.bias.grad_head_stride == 0;
+    const bool shared_batch = args_.bias.grad && args_.bias.grad_batch_stride == 0;
+    const bool shared_keys = args_.bias.grad && args_.bias.grad_key_stride == 0;
+    int64_t total = 0;
+    const Scratch plan((key_blocks_ * 2 + 1) * sizeof(int64_t) * heads);
+    int64_t* work = plan.at<int64_t>(0);         // [heads][key_blocks_]
+    int64_t* cuts = work + heads * key_blocks_;  // [heads][key_blocks_ + 1]
+    for (int64_t i = 0; i < heads * key_blocks_; ++i) total += work[i] = block_work(i / key_blocks_, i % key_blocks_);
+    int64_t most = 0;
+    for (int64_t i = 0; i < heads; ++i) most = larger(most, sum_of(work + i * key_blocks_, key_blocks_));
+    int64_t parts = 1;
+    if (threads_.count > 1 && most > total / (threads_.count * kTasksPerThread) && !shared_keys)
+      parts = smaller(key_blocks_, ceil_div(kPartsPerThread * threads_.count * most, larger(total, 1)));
+    for (int64_t i = 0; i < heads; ++i)
+      cut_evenly(work + i * key_blocks_, key_blocks_, parts, cuts + i * (key_blocks_ + 1));
+
+    const int64_t batches_at_once = shared_batch ? args_.sequence_count : 1;
+    const int64_t heads_at_once = shared_heads ? args_.key_heads : 1;
+    const int64_t sets = heads / (batches_at_once * heads_at_once), head_sets = args_.key_heads / heads_at_once;
+    const int64_t dq_bytes = (query_blocks_ * kQueries * dq_stride_ * 4 + 63) / 64 * 64;
+    const Scratch scratch(thread_bytes_ * threads_.count);
+    const Scratch dq(dq_bytes * (parts > 1 ? parts * args_.sequence_count * args_.heads : threads_.count));
+    const Scratch tasks(sets * parts * 2 * sizeof(int64_t));
+    int64_t *task_work = tasks.at<int64_t>(0), *order = task_work + sets * parts;
+
+    auto for_heads = [&](int64_t set, const auto& f) {
+      for (int64_t b = 0; b < batches_at_once; ++b)
+        for (int64_t h = 0; h < heads_at_once; ++h)
+          f((set / head_sets * batches_at_once + b) * args_.key_heads + set % head_sets * heads_at_once + h);
+    };
+    for (int64_t t = 0; t < sets * parts; ++t) {
+      task_work[t] = 0;
+      for_heads(t / parts, [&](int64_t head) {
+        const int64_t* cut = cuts + head * (key_blocks_ + 1) + t % parts;
+        task_work[t] += sum_of(work + head * key_blocks_ + cut[0], cut[1] - cut[0]);
+      });
+    }
+    order_by_work(task_work, sets * parts, order);
+    parallel_tasks(threads_, sets * parts, [&](int64_t t, int thread) {
+      const int64_t part = order[t] % parts;
+      for_heads(order[t] / parts, [&](int64_t head) {
+        const int64_t* cut = cuts + head * (key_blocks_ + 1) + part;
+        char* mine = scratch.at<char>(thread_bytes_ * thread);
+        auto dq_of = [&](int64_t member) {
+          const int64_t index = (head * group_ + member) * parts + part;
+          return dq.at<float>(dq_bytes * (parts > 1 ? index : thread));
+        };
+        key_head(head, cut[0], cut[1], parts == 1, mine, dq_of);
+      });
+    });
+    if (parts == 1) return;
+    parallel_tasks(threads_, args_.sequence_count * args_.heads * query_blocks_, [&](int64_t task, int) {
+      const int64_t index = task / query_blocks_, block = task % query_blocks_, head = index / group_;
+      if (block * kQueries >= sequence(head).queries) return;
+      add_parts(head, index % group_, block, parts, cuts + head * (key_blocks_ + 1),
+                dq.at<float>(dq_bytes * parts * index), dq_bytes / 4);
+    });
+  }
+
+ private:
+  static constexpr int64_t kDsStride =
+      kKeys + 64 / kSize;  // elements: rows of dS a power of two apart share cache sets
+  // Whether the sum is part of the exponent: one rounding more of it, which is lost in what bf16 rounds off.
+  static constexpr bool kFoldsSum = kSize == 2;
+  static constexpr int64_t kPartsPerThread = 3;  // enough for equal parts to even out, few enough to be summed
+
+  struct Block {  // of queries, packed
+    const char *q_rows, *g_rows, *q_columns, *g_columns;
+    const float *top, *inverse_sum, *delta;
+  };
+  struct RowRange {
+    int64_t begin, end;
+  };
+
+  static int64_t sum_of(const int64_t* x, int64_t n) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += x[i];
+    return sum;
+  }
+  const AttentionSequence& sequence(int64_t key_head) const { return args_.sequences[key_head / args_.key_heads]; }
+  int columns(int64_t panel) const { return static_cast<int>(smaller(kPanel, dim_ - panel * kPanel)); }
+
+  // Queries of [row, row + rows) that see keys [key, key + keys): those between the first whose keys end behind `key`
+  // and the last whose keys begin before key + keys.
+  RowRange queries_of(const AttentionSequence& s, int64_t row, int64_t rows, int64_t key, int64_t keys) const {
+    auto first_where = [&](const auto& holds) {  // of rows that do not and then do
+      int64_t low = row, high = row + rows;
+      while (low < high) {
+        const int64_t middle = low + (high - low) / 2;
+        if (holds(keys_of(args_, s, middle)))
+          high = middle;
+        else
+          low = middle + 1;
+      }
+      return low;
+    };
+    const int64_t begin = first_where([&](KeyRange k) { return k.end > key; });
+    const int64_t end = first_where([&](KeyRange k) { return k.begin >= key + keys; });
+    return {begin, larger(begin, end)};
+  }
+
+  int64_t block_work(int64_t key_head, int64_t block) const {
+    const AttentionSequence& s = sequence(key_head);
+    const int64_t key = block * kKeys;
+    if (key >= s.keys) return 0;
+    const RowRange rows = queries_of(s, 0, s.queries, key, kKeys);
+    return (rows.end - rows.begin) * smaller(kKeys, s.keys - key) + 1;
+  }
+
+  // Key blocks [first, last) of one key head. dq_of(member): where dQ of a query head is summed.
+  template <class DqOf>
+  void key_head(int64_t key_head, int64_t first, int64_t last, bool all_keys, char* mine, const DqOf& dq_of) const {
+    const AttentionSequence& s = sequence(key_head);
+    const int64_t key = first * kKeys, keys = smaller(last * kKeys, s.keys) - key;
+    if (keys > 0) __builtin_memset(mine + sums_at_, 0, (last - first) * 2 * dim_ * kKeys * 4);
+    const RowRange rows = keys > 0 ? queries_of(s, 0, s.queries, key, keys) : RowRange{0, 0};
+    const int64_t begin = rows.begin / kQueries, end = ceil_div(rows.end, kQueries);
+    for (int64_t member = 0; member < group_; ++member) {
+      const int64_t head = key_head % args_.key_heads * group_ + member;
+      float* dq = dq_of(member);
+      if (begin < end)
+        __builtin_memset(dq + begin * kQueries * dq_stride_, 0, (end - begin) * kQueries * dq_stride_ * 4);
+      for (int64_t b = begin; b < end; ++b) pack_queries(s, head, b, mine);
+      for (int64_t k = first; k < last && k * kKeys < s.keys; ++k) {
+        const RowRange seeing = queries_of(s, 0, s.queries, k * kKeys, kKeys);
+        if (seeing.begin == seeing.end) continue;
+        pack_keys(s, key_head % args_.key_heads, k, mine);
+        for (int64_t b = seeing.begin / kQueries; b < ceil_div(seeing.end, kQueries); ++b)
+          tile(s, key_head / args_.key_heads, head, b, k, sums(mine, k - first), mine, dq + b * kQueries * dq_stride_);
+      }
+      if (!all_keys) continue;
+      for (int64_t row = 0; row < s.queries; ++row) {  // those that see no key get zeros
+        const bool summed = row >= begin * kQueries && row < end * kQueries;
+        write_dq(s, head, row, [&](int64_t c) { return summed ? load(dq + row * dq_stride_ + c) : Vec{}; });
+      }
+    }
+    for (int64_t k = first; k < last && k * kKeys < s.keys; ++k) {
+      const float* of = sums(mine, k - first);
+      write_columns(s, args_.grad_value, key_head % args_.key_heads, k, of,
+                    args_.dropout > 0 ? 1.0f / (1.0f - args_.dropout) : 1.0f);
+      write_columns(s, args_.grad_key, key_head % args_.key_heads, k, of + dim_ * kKeys, args_.scale);
+    }
+  }
+
+  float* sums(char* mine, int64_t block) const {
+    return reinterpret_cast<float*>(mine + sums_at_) + block * 2 * dim_ * kKeys;
+  }
+
+  Block queries(char* mine, int64_t block) const {
+    char* at = mine + blocks_at_ + block * block_bytes_;
+    const float* top = reinterpret_cast<const float*>(at + stats_at_);
+    return {at + q_rows_at_, at + g_rows_at_,   at + q_columns_at_, at + g_columns_at_, top,
+            top + kQueries,  top + 2 * kQueries};
+  }
+
+  void pack_queries(const AttentionSequence& s, int64_t head, int64_t block, char* mine) const {
+    const int64_t first = block * kQueries, rows = smaller(kQueries, s.queries - first);
+    char* to = mine + blocks_at_ + block * block_bytes_;
+    auto pack = [&](const AttentionOperand& from, int64_t rows_at, int64_t columns_at) {
+      const T* data = rows_of<const T>(from, s, s.query_first + first, head);
+      pack_rows<Mode>(MatrixView<T>{data, from.row_stride, 1}, dim_, 0, static_cast<int>(rows),
+                      reinterpret_cast<float*>(to + rows_at), row_stride_ / 4);
+      pack_rows<Mode>(MatrixView<T>{data, 1, from.row_stride}, rows, 0, static_cast<int>(dim_),
+                      reinterpret_cast<float*>(to + columns_at), column_stride_ / 4);
+    };
+    pack(args_.query, q_rows_at_, q_columns_at_);
+    pack(args_.grad_out, g_rows_at_, g_columns_at_);
+    float *top = reinterpret_cast<float*>(to + stats_at_), *inverse_sum = top + kQueries, *delta = top + 2 * kQueries;
+    const RowStats* from = args_.stats + (s.batch * args_.heads + head) * args_.stats_rows + s.query_first + first;
+    for (int64_t r = 0; r < kQueries; ++r) {
+      const RowStats stats = r < rows ? from[r] : RowStats{kInfinity, 0};
+      top[r] = kFoldsSum && stats.inverse_sum > 0 ? stats.top - __builtin_log2f(stats.inverse_sum) : stats.top;
+      inverse_sum[r] = stats.inverse_sum;
+      delta[r] = 0;
+      if (r >= rows) continue;
+      const T* out = rows_of<const T>(args_.out, s, s.query_first + first + r, head);
+      const T* grad = rows_of<const T>(args_.grad_out, s, s.query_first + first + r, head);
+      Vec total{};
+      for_lanes(dim_, [&](int64_t c, int lanes) {
+        total = fma(load_lanes(out + c, lanes), load_lanes(grad + c, lanes), total);
+      });
+      delta[r] = sum(total);
+    }
+  }
+
+  void pack_keys(const AttentionSequence& s, int64_t head, int64_t block, char* mine) const {
+    const int64_t first = block * kKeys, count = smaller(kKeys, s.keys - first);
+    auto pack = [&](const AttentionOperand& from, int64_t panels_at) {
+      const T* data = rows_of<const T>(from, s, s.key_first + first, head);
+      for (int64_t p = 0; p < count; p += kPanel)
+        pack_panel<Mode>(MatrixView<T>{data, 1, from.row_stride}, dim_, p, static_cast<int>(smaller(kPanel, count - p)),
+                         reinterpret_cast<float*>(mine + panels_at) + p * head_units_);
+    };
+    pack(args_.key, k_panels_at_);
+    pack(args_.value, v_panels_at_);
+    const T* data = rows_of<const T>(args_.key, s, s.key_first + first, head);
+    for (int64_t p = 0; p < head_panels_; ++p)
+      pack_panel<Mode>(MatrixView<T>{data, args_.key.row_stride, 1}, count, p * kPanel, columns(p),
+                       reinterpret_cast<float*>(mine + k_rows_at_) + p * kKeyUnits * kPanel);
+  }
+
+  // One block of queries with one block of keys. `sum`: dV^T and dK^T, [dim][kKeys] each.
+  void tile(const AttentionSequence& s, int64_t sequence, int64_t head, int64_t query_block, int64_t key_block,
+            float* sum, char* mine, float* dq) const {
+    const int64_t row = query_block * kQueries, rows = smaller(kQueries, s.queries - row), key = key_block * kKeys;
+    const Block q = queries(mine, query_block);
+    auto* keep = reinterpret_cast<uint16_t (*)[8]>(mine + keep_at_);
+    if (args_.dropout > 0)
+      for (int64_t r = 0; r < rows; ++r) dropout_row(args_, sequence, head, row + r, key_block, keep[r]);
+    float *p_panel = reinterpret_cast<float*>(mine + p_panel_at_),
+          *ds_panel = reinterpret_cast<float*>(mine + ds_panel_at_);
+    Element* ds_rows = reinterpret_cast<Element*>(mine + ds_rows_at_);
+
+    for (int64_t c = 0; c < kKeys && key + c < s.keys; c += kPanel) {
+      RowRange seeing = queries_of(s, row, rows, key + c, kPanel);
+      if (seeing.begin == seeing.end) continue;
+      // Whole groups of kRows, which is even: those that dQ is multiplied in.
+      const int64_t begin = (seeing.begin - row) / kRows * kRows;
+      const int64_t end = smaller(ceil_div(seeing.end - row, kRows) * kRows, rows);
+      const Panel panel{s, head, row, end, key + c, q, keep};
+      with_bool(modifies(args_), [&](auto modified) {
+        with_bool(args_.dropout > 0, [&](auto dropout) {
+          for (int64_t r = begin; r < end; r += kStrip)
+            strip<decltype(modified)::value, decltype(dropout)::value>(panel, r, smaller(kStrip, end - r), c, mine,
+                                                                       p_panel, ds_panel, ds_rows + c);
+        });
+      });
+      const int64_t unit = begin / kPerUnit, units = units_of<Mode>(end) - unit;
+      const int cols = static_cast<int>(smaller(kPanel, s.keys - key - c));
+      multiply_panel<Mode, true>(q.g_columns + unit * 4, column_stride_, p_panel + unit * kPanel, units, dim_, cols,
+                                 sum + c, kKeys);
+      multiply_panel<Mode, true>(q.q_columns + unit * 4, column_stride_, ds_panel + unit * kPanel, units, dim_, cols,
+                                 sum + dim_ * kKeys + c, kKeys);
+    }
+
+    auto units = [&](int64_t r, int64_t n) {
+      const KeyRange of = keys_of(args_, s, row + r, n);
+      const int64_t begin = clamp(of.begin - key, 0, kKeys), end = clamp(of.end - key, 0, kKeys);
+      return begin < end ? KeyRange{begin / kPerUnit, units_of<Mode>(end)} : KeyRange{0, 0};
+    };
+    const float* k_rows = reinterpret_cast<const float*>(mine + k_rows_at_);
+    for_runs(rows, units, [&](int64_t r, int64_t n, KeyRange of) {
+      for (int64_t p = 0; p < head_panels_; ++p)
+        multiply_panel<Mode, true>(ds_rows + r * kDsStride + of.begin * kPerUnit, kDsStride * kSize,
+                                   k_rows + (p * kKeyUnits + of.begin) * kPanel, of.end - of.begin, n, columns(p),
+                                   dq + r * dq_stride_ + p * kPanel, dq_stride_);
+    });
+  }
+
+  struct Panel {  // kPanel keys from `key`, and the queries of a block, of which rows below `end` take part
+    const AttentionSequence& s;
+    int64_t head, row, end, key;
+    const Block& q;
+    const uint16_t (*keep)[8];
+  };
+
+  // Rows [first, first + count) of a panel, which stands at column `column` of its block of keys.
+  template <bool kModified, bool kDropout>
+  void strip(const Panel& panel, int64_t first, int64_t count, int64_t column, char* mine, float* p_panel,
+             float* ds_panel, Element* ds_rows) const {
+    const AttentionSequence& s = panel.s;
+    const Block& q = panel.q;
+    float *scores = reinterpret_cast<float*>(mine + scores_at_), *dp = reinterpret_cast<float*>(mine + dp_at_);
+    float* slopes = kModified && args_.softcap != 0 ? reinterpret_cast<float*>(mine + slopes_at_) : nullptr;
+    auto multiply = [&](const char* rows, int64_t panels_at, float* out) {
+      multiply_scores<Mode>(args_, s, panel.row + first, count, rows + first * row_stride_, row_stride_,
+                            reinterpret_cast<const float*>(mine + panels_at) + column * head_units_, head_units_,
+                            panel.key, out, kPanel);
+    };
+    multiply(q.q_rows, k_panels_at_, scores);
+    multiply(q.g_rows, v_panels_at_, dp);
+
+    const float factor = logit_factor(args_), kept = 1.0f / (1.0f - args_.dropout);
+    for (int64_t r = 0; r < count; r += 2) {
+      KeyRange own[2];
+      for (int i = 0; i < 2; ++i) {
+        const int64_t row = panel.row + first + r + i;
+        own[i] = first + r + i < panel.end ? keys_of(args_, s, row) : KeyRange{0, 0};
+        own[i] = {clamp(own[i].begin - panel.key, 0, kPanel), clamp(own[i].end - panel.key, 0, kPanel)};
+        if (kModified && !own[i].empty())
+          modify_scores(args_, s, panel.head, row, {own[i].begin + panel.key, own[i].end + panel.key}, panel.key,
+                        scores + (r + i) * kPanel, slopes ? slopes + (r + i) * kPanel : nullptr);
+      }
+      for (int64_t c = 0; c < kPanel; c += kLanes) {
+        Vec p[2], ds[2];
+        for (int i = 0; i < 2; ++i) {
+          const int64_t at = first + r + i, place = (r + i) * kPanel + c;
+          p[i] = exp2<kExpTerms<Element>>(fma(load(scores + place), broadcast(factor), broadcast(-q.top[at])));
+          if constexpr (!kFoldsSum) p[i] *= q.inverse_sum[at];
+          p[i] = within(p[i], c, own[i], 0);
+          Vec grad = load(dp + place);
+          Vec weight = p[i];
+          if constexpr (kDropout) {
+            grad = keep_at(grad * kept, panel.keep[at], column + c);
+            weight = keep_at(weight, panel.keep[at], column + c);
+          }
+          ds[i] = within(p[i] * (grad - q.delta[at]), c, own[i], 0);
+          p[i] = weight;
+          if constexpr (kModified) {
+            if (args_.bias.grad) add_bias_gradient(panel, at, c, own[i], ds[i]);
+            if (slopes) ds[i] = within(ds[i] * load(slopes + place), c, own[i], 0);
+          }
+          if (at < panel.end) store(ds_rows + at * kDsStride + c, ds[i]);
+        }
+        const int64_t to = (first + r) / kPerUnit * kPanel + c;
+        store_row_pair<Mode>(p_panel + to, p[0], p[1]);
+        store_row_pair<Mode>(ds_panel + to, ds[0], ds[1]);
+      }
+    }
+  }
+
+  void add_bias_gradient(const Panel& panel, int64_t row, int64_t column, KeyRange own, Vec ds) const {
+    const AttentionBias& bias = args_.bias;
+    float* at = bias.grad + panel.s.batch * bias.grad_batch_stride + panel.head * bias.grad_head_stride +
+                (panel.row + row) * bias.grad_row_stride;
+    const int64_t begin = own.begin > column ? own.begin - column : 0, end = smaller(own.end - column, kLanes);
+    if (bias.grad_key_stride == 0) {
+      if (begin < end) *at += sum(ds);  // lanes outside are zero
+      return;
+    }
+    at += panel.key + column;
+    if (begin == 0 && end == kLanes) return store(at, load(at) + ds);
+    for (int64_t i = begin; i < end; ++i) at[i] += ds[i];
+  }
+
+  template <class Row>
+  void write_dq(const AttentionSequence& s, int64_t head, int64_t row, const Row& sums) const {
+    T* to = rows_of<T>(args_.grad_query, s, s.query_first + row, head);
+    for_lanes(dim_, [&](int64_t c, int lanes) { store_lanes(to + c, sums(c) * args_.scale, lanes); });
+  }
+
+  void add_parts(int64_t key_head, int64_t member, int64_t block, int64_t parts, const int64_t* cuts, const float* dq,
+                 int64_t part_stride) const {
+    const AttentionSequence& s = sequence(key_head);
+    const int64_t head = key_head % args_.key_heads * group_ + member;
+    const int64_t last = smaller((block + 1) * kQueries, s.queries);
+    const Scratch list(parts * sizeof(int64_t));
+    int64_t *summed = list.at<int64_t>(0), count = 0;  // the parts that have sums for this block
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t key = cuts[part] * kKeys, keys = smaller(cuts[part + 1] * kKeys, s.keys) - key;
+      if (keys <= 0) continue;
+      const RowRange rows = queries_of(s, 0, s.queries, key, keys);
+      if (rows.begin / kQueries <= block && block < ceil_div(rows.end, kQueries)) summed[count++] = part;
+    }
+    for (int64_t row = block * kQueries; row < last; ++row)
+      write_dq(s, head, row, [&](int64_t c) {
+        Vec total{};
+        for (int64_t i = 0; i < count; ++i) total += load(dq + summed[i] * part_stride + row * dq_stride_ + c);
+        return total;
+      });
+  }
+
+  // The columns of sums [dim][kKeys], times a factor, as rows of a gradient.
+  void write_columns(const AttentionSequence& s, const AttentionOperand& grad, int64_t head, int64_t block,
+                     const float* of, float factor) const {
+    const int64_t first = block * kKeys, count = smaller(kKeys, s.keys - first);
+    for (int64_t k = 0; k < count; k += kLanes)
+      for_lanes(dim_, [&](int64_t c, int lanes) {
+        Vec square[kLanes];
+        for (int i = 0; i < kLanes; ++i) square[i] = i < lanes ? load(of + (c + i) * kKeys + k) * factor : Vec{};
+        transpose_units(square);
+        for (int i = 0; i < kLanes && k + i < count; ++i)
+          store_lanes(rows_of<T>(grad, s, s.key_first + first + k + i, head) + c, square[i], lanes);
+      });
+  }
+
+  const AttentionArgs& args_;
+  const Threads& threads_;
+  const int64_t group_, dim_, head_units_, head_panels_, row_stride_, column_stride_,
+      dq_stride_;  // strides: bytes, bytes, floats
+  int64_t query_blocks_ = 0, key_blocks_ = 0;
+  int64_t q_rows_at_, g_rows_at_, q_columns_at_, g_columns_at_, stats_at_, block_bytes_;
+  int64_t blocks_at_, sums_at_, k_panels_at_, v_panels_at_, k_rows_at_, scores_at_, dp_at_, slopes_at_, p_panel_at_,
+      ds_panel_at_, ds_rows_at_, keep_at_, thread_bytes_;
+};
+
+}  // namespace
+
+void attention_backward(const AttentionArgs& args, const Threads& threads) {
+  if (args.sequence_count == 0 || args.heads == 0) return;
+  if (args.dtype == Dtype::float32)
+    AttentionBackward<FloatMode, float>(args, threads).run();
+  else
+    AttentionBackward<Bf16Mode, bf16>(args, threads).run();
+}
+
+}  // namespace bmf::BMF_ISA
