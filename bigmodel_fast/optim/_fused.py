@@ -14,14 +14,13 @@ def unsupported(group: dict[str, Any], parameters: Iterable[Tensor], options: tu
     for option in options:
         if group.get(option):
             return f"no kernel for {option}"
-    for p in parameters:
-        for t in (p, p.grad):
-            if t.layout is not torch.strided:
-                return "no kernel for sparse gradients"
-            if (reason := _dispatch.unsupported(t)) is not None:
-                return reason
-            if not t.is_contiguous():
-                return "a parameter or gradient is not contiguous"
+    for t in (t for p in parameters for t in (p, p.grad) if t is not None):
+        if t.layout is not torch.strided:
+            return "no kernel for sparse gradients"
+        if (reason := _dispatch.unsupported(t)) is not None:
+            return reason
+        if not t.is_contiguous():
+            return "a parameter or gradient is not contiguous"
     return None
 
 

@@ -10,5 +10,9 @@ def warmup_cosine(step: int, steps: int, warmup: int, floor: float = 0.1) -> flo
     """
     if step < warmup:
         return (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    return cosine((step - warmup) / max(1, steps - warmup), floor)
+
+
+def cosine(done: float, floor: float = 0.1) -> float:
+    """The factor of the learning rate when the share `done` (0 to 1) of a budget is spent: from 1 down to `floor`."""
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
