@@ -14,16 +14,17 @@ BMF_INLINE Vec soft_cap(Vec x, float cap, float inverse_cap) {
   return z;
 }
 
-template <Activation kind>
+// kFast: good enough for results that are rounded to bf16.
+template <Activation kind, bool kFast>
 BMF_INLINE Vec activate(Vec x) {
   if constexpr (kind == Activation::none) return x;
   if constexpr (kind == Activation::relu) return max(Vec{}, x);  // NaN stays NaN as the second operand
   if constexpr (kind == Activation::gelu) return x * fma(erf(x * kSqrtHalf), broadcast(0.5f), broadcast(0.5f));
   if constexpr (kind == Activation::gelu_tanh) {  // (1 + tanh u) / 2 = sigmoid(2u)
-    return x * sigmoid(x * fma(x * x, broadcast(2 * kSqrt2OverPi * 0.044715f), broadcast(2 * kSqrt2OverPi)));
+    return x * sigmoid<kFast>(x * fma(x * x, broadcast(2 * kSqrt2OverPi * 0.044715f), broadcast(2 * kSqrt2OverPi)));
   }
-  if constexpr (kind == Activation::silu) return x * sigmoid(x);
-  if constexpr (kind == Activation::sigmoid) return sigmoid(x);
+  if constexpr (kind == Activation::silu) return x * sigmoid<kFast>(x);
+  if constexpr (kind == Activation::sigmoid) return sigmoid<kFast>(x);
   if constexpr (kind == Activation::tanh) return tanh(x);
   if constexpr (kind == Activation::relu2) {
     const Vec r = max(Vec{}, x);
@@ -31,34 +32,41 @@ BMF_INLINE Vec activate(Vec x) {
   }
 }
 
-// d activate(x) / dx
-template <Activation kind>
-BMF_INLINE Vec activate_grad(Vec x) {
-  if constexpr (kind == Activation::none) return broadcast(1.0f);
-  if constexpr (kind == Activation::relu) return select(x > 0.0f, broadcast(1.0f), Vec{});
+struct ValueAndSlope {
+  Vec value, slope;
+};
+
+// activate(x) and its derivative, from what both are made of.
+template <Activation kind, bool kFast>
+BMF_INLINE ValueAndSlope activate_with_slope(Vec x) {
+  if constexpr (kind == Activation::none) return {x, broadcast(1.0f)};
+  if constexpr (kind == Activation::relu) return {activate<kind, kFast>(x), select(x > 0.0f, broadcast(1.0f), Vec{})};
   if constexpr (kind == Activation::gelu) {
     const Vec cdf = fma(erf(x * kSqrtHalf), broadcast(0.5f), broadcast(0.5f));
-    return fma(x * kInvSqrt2Pi, exp(x * x * -0.5f), cdf);
+    return {x * cdf, fma(x * kInvSqrt2Pi, exp(x * x * -0.5f), cdf)};
   }
   if constexpr (kind == Activation::gelu_tanh) {
     const Vec z = x * x;
-    const Vec s = sigmoid(x * fma(z, broadcast(2 * kSqrt2OverPi * 0.044715f), broadcast(2 * kSqrt2OverPi)));
+    const Vec s = sigmoid<kFast>(x * fma(z, broadcast(2 * kSqrt2OverPi * 0.044715f), broadcast(2 * kSqrt2OverPi)));
     const Vec slope = fma(z, broadcast(6 * kSqrt2OverPi * 0.044715f), broadcast(2 * kSqrt2OverPi));
-    return fma(x * slope, s * (1.0f - s), s);
+    return {x * s, fma(x * slope, s * (1.0f - s), s)};
   }
   if constexpr (kind == Activation::silu) {
-    const Vec s = sigmoid(x);
-    return fma(x * s, 1.0f - s, s);
+    const Vec s = sigmoid<kFast>(x);
+    return {x * s, fma(x * s, 1.0f - s, s)};
   }
   if constexpr (kind == Activation::sigmoid) {
-    const Vec s = sigmoid(x);
-    return s * (1.0f - s);
+    const Vec s = sigmoid<kFast>(x);
+    return {s, s * (1.0f - s)};
   }
   if constexpr (kind == Activation::tanh) {
     const Vec t = tanh(x);
-    return 1.0f - t * t;
+    return {t, 1.0f - t * t};
   }
-  if constexpr (kind == Activation::relu2) return 2.0f * max(Vec{}, x);
+  if constexpr (kind == Activation::relu2) {
+    const Vec r = max(Vec{}, x);
+    return {r * r, 2.0f * r};
+  }
 }
 
 template <Activation kind>

@@ -14,7 +14,7 @@
 
 namespace bmf::BMF_ISA {
 
-constexpr int64_t kTileRows = 96, kTilePanels = 4;
+constexpr int64_t kTileRows = 96, kFewestTileRows = 24, kTilePanels = 4;  // rows: even multiples of kFewestTileRows
 // Units of k summed in one sweep of a tile: 96 rows and 4 panels of them are 704 KiB, which leaves L2 (1 MiB) room for
 // C.
 constexpr int64_t kSweepUnits = 512;
@@ -73,6 +73,10 @@ class OperandA {
 template <class Mode>
 class OperandB {
  public:
+  // To be filled by the caller at place(), with whole units and whole registers.
+  OperandB(int64_t k, int64_t n)
+      : units_(units_of<Mode>(k)), columns_(n), sources_(1), packed_(count() * units_ * kPanel * 4) {}
+
   template <class T, class... More>
   OperandB(const Threads& threads, int64_t k, int64_t n, const MatrixView<T>& first, const More&... more)
       : units_(units_of<Mode>(k)), columns_(n), sources_(1 + sizeof...(more)), packed_(count() * units_ * kPanel * 4) {
@@ -88,6 +92,10 @@ class OperandB {
     });
   }
 
+  // Where a register of columns from `col` on stands, of the unit that `row` begins.
+  float* place(int64_t row, int64_t col) const {
+    return packed_.template at<float>(0) + (col / kPanel * units_ + row / Mode::kPerUnit) * kPanel + col % kPanel;
+  }
   const float* panel(int64_t index) const { return packed_.template at<float>(0) + index * units_ * kPanel; }
   int columns(int64_t index) const { return static_cast<int>(smaller(kPanel, columns_ - index / sources_ * kPanel)); }
   int64_t count() const { return ceil_div(columns_, kPanel) * sources_; }
@@ -146,7 +154,7 @@ inline void gemm(const Threads& threads, int64_t m, const Product<Mode>* product
   int64_t tile_rows = kTileRows, tile_panels = kTilePanels;
   auto tasks = [&] { return ceil_div(m, tile_rows) * ceil_div(panel_count, tile_panels); };
   while (tasks() < 4 * threads.count && tile_panels > panel_multiple) tile_panels /= 2;
-  while (tasks() < 4 * threads.count && tile_rows > 24) tile_rows /= 2;
+  while (tasks() < 4 * threads.count && tile_rows > kFewestTileRows) tile_rows /= 2;
   const int64_t row_blocks = ceil_div(m, tile_rows);
   const int64_t tile_bytes = kTileRows * Tile::stride * 4;
   const Scratch tiles(tile_bytes * threads.count);
@@ -187,6 +195,24 @@ struct StoreTile {
   void operator()(const Tile& tile) const {
     for_tile(tile, n,
              [&](int64_t row, int64_t col, int lanes, Vec v) { store_lanes(out + row * stride + col, v, lanes); });
+  }
+};
+
+// Epilogue that stores the transpose of C: element (row, col) at out[col * stride + row].
+template <class T>
+struct StoreTransposed {
+  T* out;
+  int64_t n, stride;
+  void operator()(const Tile& tile) const {
+    const int64_t col = tile.panel * kPanel;
+    for_lanes(smaller(tile.panels * kPanel, n - col), [&](int64_t c, int cols) {
+      for_lanes(tile.rows, [&](int64_t r, int rows) {
+        Vec square[kLanes];
+        for (int i = 0; i < kLanes; ++i) square[i] = i < rows ? load(tile.sums + (r + i) * Tile::stride + c) : Vec{};
+        transpose_units(square);
+        for (int i = 0; i < cols; ++i) store_lanes(out + (col + c + i) * stride + tile.row + r, square[i], rows);
+      });
+    });
   }
 };
 

@@ -122,6 +122,24 @@ BMF_INLINE void transpose_units(Vec (&r)[kLanes]) {
 #endif
 }
 
+// Two neighbouring rows of B, already multiplied out, as one column block of a packed panel: pairs of bf16, or one
+// float row after the other (the second only if there is one).
+template <class Mode>
+BMF_INLINE void store_row_pair(float* panel, Vec first, Vec second, bool has_second = true) {
+#if defined(__AVX512BF16__)
+  if constexpr (Mode::kPerUnit == 2) {
+    const __m512i both = reinterpret_cast<__m512i>(
+        _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    store(panel, reinterpret_cast<Vec>(_mm512_permutexvar_epi16(order, both)));
+    return;
+  }
+#endif
+  store(panel, first);
+  if (has_second) store(panel + kPanel, second);
+}
+
 // One panel of B: columns [col, col + cols) and all `k` rows of the view, to panel[unit][kPanel]; missing columns are
 // zero.
 template <class Mode, class T>

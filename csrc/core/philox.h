@@ -52,8 +52,9 @@ BMF_INLINE void dropout_choices(uint64_t seed, uint32_t head, uint32_t row, uint
                                 uint16_t (&keep)[8]) {
   for (int j = 0; j < 8; ++j) keep[j] = 0;
   for (int first = 0; first < 16; first += kLanes) {
-    VecU x[4] = {VecU{}, VecU{} + row, VecU{} + head, VecU{} + group};
-    for (int i = 0; i < kLanes; ++i) x[0][i] = static_cast<uint32_t>(first + i);
+    VecU lane{};
+    for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(first + i);
+    VecU x[4] = {lane, VecU{} + row, VecU{} + head, VecU{} + group};
     uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 7; ++round) {
       VecU high0, low0, high1, low1;

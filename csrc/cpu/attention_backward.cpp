@@ -18,23 +18,6 @@ namespace {
 constexpr int64_t kKeys = 128, kQueries = 192, kStrip = 48;  // a block of keys, of queries, a strip of queries
 static_assert(kKeys == kDropoutGroup && kQueries % kStrip == 0);
 
-// Two neighbouring rows of a B operand for a product over rows: pairs of bf16, or one float row after the other.
-template <class Mode>
-BMF_INLINE void store_row_pair(float* panel, Vec first, Vec second) {
-#if defined(__AVX512BF16__)
-  if constexpr (Mode::kPerUnit == 2) {
-    const __m512i both = reinterpret_cast<__m512i>(
-        _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    store(panel, reinterpret_cast<Vec>(_mm512_permutexvar_epi16(order, both)));
-    return;
-  }
-#endif
-  store(panel, first);
-  store(panel + kPanel, second);
-}
-
 template <class Mode, class T>
 class AttentionBackward {
   using Element = typename Mode::Element;

@@ -27,6 +27,8 @@ BMF_INLINE MatrixView<T> transposed(const MatrixView<T>& w) {
   return {w.data, w.col_stride, w.row_stride};
 }
 
+constexpr int64_t kSumRows = 256;  // rows summed together, and their sums then in order, for a bias gradient
+
 // At most this many rows are multiplied without packing: each weight is then read once, straight into the sums.
 constexpr int64_t kFewRows = 4;
 
@@ -72,7 +74,7 @@ struct DenseEpilogue {
     for_tile(tile, n, [&](int64_t row, int64_t col, int lanes, Vec v) {
       if (bias) v += load_lanes(bias + col, lanes);
       if (pre) store_lanes(pre + row * n + col, v, lanes);
-      store_lanes(y + row * n + col, activate<kind>(v), lanes);
+      store_lanes(y + row * n + col, activate<kind, sizeof(X) == 2>(v), lanes);
     });
   }
 };
@@ -92,11 +94,16 @@ inline void dense_dgrad(const Threads& threads, const MatrixView<X>& g, const Ma
   gemm<Mode>(threads, g, w, m, k, n, StoreTile<X>{dx, k, k});
 }
 
-// dW = g^T x.
-template <class Mode, class X, class W>
-inline void dense_wgrad(const Threads& threads, const MatrixView<X>& g, const MatrixView<X>& x, W* dw, int64_t m,
-                        int64_t n, int64_t k) {
-  gemm<Mode>(threads, transposed(g), x, n, k, m, StoreTile<W>{dw, k, k});
+// sums[n] = the sum of `count` rows of partial sums, `stride` apart, in order.
+inline void add_partial_sums(const Threads& threads, const float* partials, int64_t count, int64_t stride, int64_t n,
+                             float* sums) {
+  parallel_ranges(threads, n, 1024, [&](int64_t begin, int64_t end, int) {
+    for_lanes(end - begin, [&](int64_t c, int lanes) {
+      Vec total{};
+      for (int64_t i = 0; i < count; ++i) total += load_lanes(partials + i * stride + begin + c, lanes);
+      store_lanes(sums + begin + c, total, lanes);
+    });
+  });
 }
 
 // For each row in [0, m): row_step(row, partial) adds the row to its chunk's partial sums [n]; totals go to `sums`.
@@ -112,15 +119,7 @@ inline void chunked_column_sums(const Threads& threads, int64_t m, int64_t n, fl
     for_lanes(n, [&](int64_t c, int) { store(partial + c, Vec{}); });
     for (int64_t row = chunk * rows; row < smaller((chunk + 1) * rows, m); ++row) row_step(row, partial);
   });
-  if (sums == nullptr) return;
-  parallel_ranges(threads, n, 1024, [&](int64_t begin, int64_t end, int) {
-    for_lanes(end - begin, [&](int64_t c, int lanes) {
-      Vec total{};
-      for (int64_t chunk = 0; chunk < chunks; ++chunk)
-        total += load_lanes(partials.at<float>(chunk * stride * 4) + begin + c, lanes);
-      store_lanes(sums + begin + c, total, lanes);
-    });
-  });
+  if (sums) add_partial_sums(threads, partials.at<float>(0), chunks, stride, n, sums);
 }
 
 // sums[n] = the columns of g summed over its rows.
@@ -133,6 +132,54 @@ inline void column_sums(const Threads& threads, const MatrixView<T>& g, int64_t 
   });
 }
 
+// dW = g^T x with g in panels, as (x^T g)^T: what is transposed on the way in is x.
+template <class Mode, class X, class W>
+inline void dense_wgrad(const Threads& threads, const OperandB<Mode>& g, const MatrixView<X>& x, W* dw, int64_t m,
+                        int64_t n, int64_t k) {
+  const OperandA<Mode> rows(threads, transposed(x), k, m);
+  const Product<Mode> product{&rows, &g};
+  gemm<Mode>(threads, k, &product, 1, 1, StoreTransposed<W>{dw, n, k});
+}
+
+// dW = g^T x with x in panels.
+template <class Mode, class X, class W>
+inline void dense_wgrad(const Threads& threads, const MatrixView<X>& g, const OperandB<Mode>& x, W* dw, int64_t m,
+                        int64_t n, int64_t k) {
+  const OperandA<Mode> rows(threads, transposed(g), n, m);
+  const Product<Mode> product{&rows, &x};
+  gemm<Mode>(threads, n, &product, 1, 1, StoreTile<W>{dw, k, k});
+}
+
+// dW = g^T x (null: not wanted), and db, the sums of g's columns (likewise). The narrower operand is the one that is
+// transposed; g, if it is the wider, is summed while it is packed.
+template <class Mode, class X, class W>
+inline void dense_wgrad(const Threads& threads, const MatrixView<X>& g, const MatrixView<X>& x, W* dw, float* db,
+                        int64_t m, int64_t n, int64_t k) {
+  if (dw == nullptr || n <= k) {
+    if (db) column_sums(threads, g, m, n, db);
+    if (dw) dense_wgrad<Mode>(threads, g, OperandB<Mode>(threads, m, k, x), dw, m, n, k);
+    return;
+  }
+  const OperandB<Mode> panels(m, n);
+  const int64_t blocks = ceil_div(m, kSumRows), stride = ceil_div(n, kPanel) * kPanel;
+  const Scratch partials(db ? blocks * stride * 4 : 0);
+  parallel_tasks(threads, panels.count() * blocks, [&](int64_t task, int) {
+    const int64_t col = task / blocks * kPanel, row = task % blocks * kSumRows, rows = smaller(kSumRows, m - row);
+    const int cols = panels.columns(task / blocks);
+    const MatrixView<X> part{g.at(row, 0), g.row_stride, g.col_stride};
+    pack_panel<Mode>(part, rows, col, cols, panels.place(row, col));
+    if (db == nullptr) return;
+    float* sums = partials.at<float>((task % blocks * stride + col) * 4);
+    for_lanes(cols, [&](int64_t c, int lanes) {
+      Vec total{};
+      for (int64_t r = 0; r < rows; ++r) total += load_lanes(part.at(r, col + c), lanes);
+      store_lanes(sums + c, total, lanes);
+    });
+  });
+  if (db) add_partial_sums(threads, partials.at<float>(0), blocks, stride, n, db);
+  dense_wgrad<Mode>(threads, panels, x, dw, m, n, k);
+}
+
 // g = dy * activation'(pre), and the sums of its columns unless `sums` is null.
 template <class T>
 inline void activation_backward(const Threads& threads, const T* dy, const T* pre, Activation activation, T* g,
@@ -141,12 +188,81 @@ inline void activation_backward(const Threads& threads, const T* dy, const T* pr
     chunked_column_sums(threads, m, n, sums, [&](int64_t row, float* partial) {
       for_lanes(n, [&](int64_t c, int lanes) {
         const int64_t at = row * n + c;
-        const Vec v = load_lanes(dy + at, lanes) * activate_grad<decltype(tag)::value>(load_lanes(pre + at, lanes));
+        const Vec v = load_lanes(dy + at, lanes) *
+                      activate_with_slope<decltype(tag)::value, sizeof(T) == 2>(load_lanes(pre + at, lanes)).slope;
         store_lanes(g + at, v, lanes);
         if (sums) store_lanes(partial + c, load_lanes(partial + c, lanes) + v, lanes);
       });
     });
   });
+}
+
+// What backward makes of a hidden layer, [m, f], in the epilogue of the product that gives the gradient of its output:
+// rows for dgrad, panels for wgrad, sums of columns for the bias; each only if it is wanted.
+template <class Mode, class X>
+class HiddenOperand {
+ public:
+  HiddenOperand(int64_t m, int64_t f, bool rows, bool panels, bool sums = false)
+      : m_(m),
+        f_(f),
+        stride_(ceil_div(f, kPanel) * kPanel),
+        has_rows_(rows),
+        has_panels_(panels),
+        has_sums_(sums),
+        rows_(rows ? m * f * static_cast<int64_t>(sizeof(X)) : 0),
+        sums_(sums ? ceil_div(m, kStep) * stride_ * 4 : 0),
+        panels_(panels ? m : 0, f) {}
+
+  // Two neighbouring rows, the first of them even, and `lanes` columns from a multiple of kLanes on.
+  BMF_INLINE void store_pair(int64_t row, int64_t col, int lanes, Vec first, Vec second) const {
+    const bool has_second = row + 1 < m_;
+    if (has_rows_) {
+      X* at = rows_.template at<X>(0) + row * f_ + col;
+      store_lanes(at, first, lanes);
+      if (has_second) store_lanes(at + f_, second, lanes);
+    }
+    if (has_panels_) store_row_pair<Mode>(panels_.place(row, col), first, second, has_second);
+    if (has_sums_) {
+      float* at = sums_.template at<float>(row / kStep * stride_ * 4) + col;
+      const Vec both = has_second ? first + second : first;
+      store(at, row % kStep == 0 ? both : load(at) + both);
+    }
+  }
+
+  MatrixView<X> rows() const { return {rows_.template at<X>(0), f_, 1}; }
+  const OperandB<Mode>& panels() const { return panels_; }
+  void add_sums(const Threads& threads, float* sums) const {
+    add_partial_sums(threads, sums_.template at<float>(0), ceil_div(m_, kStep), stride_, f_, sums);
+  }
+
+ private:
+  static constexpr int64_t kStep = kFewestTileRows;  // rows summed by one thread, whatever the number of threads
+
+  int64_t m_, f_, stride_;
+  bool has_rows_, has_panels_, has_sums_;
+  Scratch rows_, sums_;
+  OperandB<Mode> panels_;
+};
+
+// f(row, col, lanes, sums of row, sums of row + 1) for each register of each pair of rows of a tile; the second are
+// zero if there is no such row.
+template <class F>
+BMF_INLINE void for_row_pairs(const Tile& tile, int64_t n, const F& f) {
+  const int64_t col = tile.panel * kPanel, cols = smaller(tile.panels * kPanel, n - col);
+  for (int64_t r = 0; r < tile.rows; r += 2) {
+    const float* sums = tile.sums + r * Tile::stride;
+    for_lanes(cols, [&](int64_t c, int lanes) {
+      f(tile.row + r, col + c, lanes, load(sums + c), r + 1 < tile.rows ? load(sums + Tile::stride + c) : Vec{});
+    });
+  }
+}
+
+// Rows `row` and row + 1 of x [m, n] at one register of columns; zeros for a row that is not there.
+template <class X>
+BMF_INLINE void load_pair(const X* x, int64_t m, int64_t n, int64_t row, int64_t col, int lanes, Vec (&out)[2]) {
+  const X* at = x + row * n + col;
+  out[0] = load_lanes(at, lanes);
+  out[1] = row + 1 < m ? load_lanes(at + n, lanes) : Vec{};
 }
 
 }  // namespace bmf::BMF_ISA

@@ -43,7 +43,7 @@ void gated_mlp_forward(const GatedMlpFwdArgs& a, const Threads& threads) {
         const int64_t at = row * f + col;
         if (gate_out) store_lanes(gate_out + at, gate, lanes);
         if (up_out) store_lanes(up_out + at, up, lanes);
-        store_lanes(h + at, activate<decltype(tag)::value>(gate) * up, lanes);
+        store_lanes(h + at, activate<decltype(tag)::value, sizeof(X) == 2>(gate) * up, lanes);
       };
       const OperandB<Mode> panels(threads, a.k, f, transposed(w_gate), transposed(w_up));
       const OperandA<Mode> rows(threads, x, a.m, a.k);
@@ -61,36 +61,37 @@ void gated_mlp_backward(const GatedMlpBwdArgs& a, const Threads& threads) {
     using Mode = typename Types::Mode;
     using X = typename Types::Input;
     using W = typename Types::Weight;
-    const int64_t f = a.f, bytes = a.m * f * static_cast<int64_t>(sizeof(X));
-    const Scratch hidden(bytes), gate_grad(bytes), up_grad(bytes);
-    X *h_out = hidden.at<X>(0), *dgate_out = gate_grad.at<X>(0), *dup_out = up_grad.at<X>(0);
+    const int64_t m = a.m, f = a.f;
     const X *gate_in = static_cast<const X*>(a.gate), *up_in = static_cast<const X*>(a.up);
     const MatrixView<X> x{static_cast<const X*>(a.x), a.x_stride, 1}, dy{static_cast<const X*>(a.dy), a.n, 1};
-    const MatrixView<X> h{h_out, f, 1}, dgate{dgate_out, f, 1}, dup{dup_out, f, 1};
     const MatrixView<W> w_gate{static_cast<const W*>(a.w_gate), a.gate_stride, 1};
     const MatrixView<W> w_up{static_cast<const W*>(a.w_up), a.up_stride, 1};
     const MatrixView<W> w_down{static_cast<const W*>(a.w_down), a.down_stride, 1};
+    const HiddenOperand<Mode, X> h(m, f, false, a.dw_down != nullptr);
+    const HiddenOperand<Mode, X> dgate(m, f, a.dx != nullptr, a.dw_gate != nullptr);
+    const HiddenOperand<Mode, X> dup(m, f, a.dx != nullptr, a.dw_up != nullptr);
     with_activation(a.activation, [&](auto tag) {
-      constexpr Activation kind = decltype(tag)::value;
-      gemm<Mode>(threads, dy, w_down, a.m, f, a.n, [=](const Tile& tile) {
-        for_tile(tile, f, [=](int64_t row, int64_t col, int lanes, Vec dh) {
-          const int64_t at = row * f + col;
-          const Vec gate = load_lanes(gate_in + at, lanes), up = load_lanes(up_in + at, lanes),
-                    active = activate<kind>(gate);
-          store_lanes(h_out + at, active * up, lanes);
-          store_lanes(dgate_out + at, dh * up * activate_grad<kind>(gate), lanes);
-          store_lanes(dup_out + at, dh * active, lanes);
+      gemm<Mode>(threads, dy, w_down, m, f, a.n, [&](const Tile& tile) {
+        for_row_pairs(tile, f, [&](int64_t row, int64_t col, int lanes, Vec dh0, Vec dh1) {
+          Vec gate[2], up[2];
+          load_pair(gate_in, m, f, row, col, lanes, gate);
+          load_pair(up_in, m, f, row, col, lanes, up);
+          const ValueAndSlope first = activate_with_slope<decltype(tag)::value, sizeof(X) == 2>(gate[0]),
+                              second = activate_with_slope<decltype(tag)::value, sizeof(X) == 2>(gate[1]);
+          h.store_pair(row, col, lanes, first.value * up[0], second.value * up[1]);
+          dgate.store_pair(row, col, lanes, dh0 * up[0] * first.slope, dh1 * up[1] * second.slope);
+          dup.store_pair(row, col, lanes, dh0 * first.value, dh1 * second.value);
         });
       });
     });
-    if (a.dw_down) dense_wgrad<Mode>(threads, dy, h, static_cast<W*>(a.dw_down), a.m, a.n, f);
-    if (a.dw_gate) dense_wgrad<Mode>(threads, dgate, x, static_cast<W*>(a.dw_gate), a.m, f, a.k);
-    if (a.dw_up) dense_wgrad<Mode>(threads, dup, x, static_cast<W*>(a.dw_up), a.m, f, a.k);
+    if (a.dw_down) dense_wgrad<Mode>(threads, dy, h.panels(), static_cast<W*>(a.dw_down), m, a.n, f);
+    if (a.dw_gate) dense_wgrad<Mode>(threads, dgate.panels(), x, static_cast<W*>(a.dw_gate), m, f, a.k);
+    if (a.dw_up) dense_wgrad<Mode>(threads, dup.panels(), x, static_cast<W*>(a.dw_up), m, f, a.k);
     if (a.dx) {
       const OperandB<Mode> gate_panels(threads, f, a.k, w_gate), up_panels(threads, f, a.k, w_up);
-      const OperandA<Mode> gate_rows(threads, dgate, a.m, f), up_rows(threads, dup, a.m, f);
+      const OperandA<Mode> gate_rows(threads, dgate.rows(), m, f), up_rows(threads, dup.rows(), m, f);
       const Product<Mode> products[] = {{&gate_rows, &gate_panels}, {&up_rows, &up_panels}};
-      gemm<Mode>(threads, a.m, products, 2, 1, StoreTile<X>{static_cast<X*>(a.dx), a.k, a.k});
+      gemm<Mode>(threads, m, products, 2, 1, StoreTile<X>{static_cast<X*>(a.dx), a.k, a.k});
     }
   });
 }

@@ -36,10 +36,8 @@ void linear_backward(const LinearBwdArgs& a, const Threads& threads) {
     if (activated)
       activation_backward(threads, dy, static_cast<const X*>(a.pre), a.activation, activated_grad.at<X>(0), a.dbias,
                           a.m, a.n);
-    else if (a.dbias)
-      column_sums(threads, g, a.m, a.n, a.dbias);
     if (a.dx) dense_dgrad<Mode>(threads, g, weight, static_cast<X*>(a.dx), a.m, a.n, a.k);
-    if (a.dweight) dense_wgrad<Mode>(threads, g, x, static_cast<W*>(a.dweight), a.m, a.n, a.k);
+    dense_wgrad<Mode>(threads, g, x, static_cast<W*>(a.dweight), activated ? nullptr : a.dbias, a.m, a.n, a.k);
   });
 }
 

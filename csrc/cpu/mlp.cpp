@@ -1,7 +1,7 @@
 // y = h W2^T + b2 with h = activation(pre), pre = x W1^T + b1.
 //
 // h is never saved: backward makes it again from pre in the epilogue of dy W2, beside dpre = (dy W2) *
-// activation'(pre), at the cost of one pass over the tile while it is in L2.
+// activation'(pre), while the tile is in L2, and stores both as the operands of the products that follow.
 #include "cpu/mlp.h"
 
 #include "cpu/dense.h"
@@ -31,29 +31,30 @@ void mlp_backward(const MlpBwdArgs& a, const Threads& threads) {
     using Mode = typename Types::Mode;
     using X = typename Types::Input;
     using W = typename Types::Weight;
-    const int64_t f = a.f;
-    const Scratch hidden(a.m * f * sizeof(X)), hidden_grad(a.m * f * sizeof(X));
-    X *h_out = hidden.at<X>(0), *dpre_out = hidden_grad.at<X>(0);
-    const X* pre = static_cast<const X*>(a.pre);
-    const MatrixView<X> x{static_cast<const X*>(a.x), a.x_stride, 1}, dy{static_cast<const X*>(a.dy), a.n, 1};
-    const MatrixView<X> h{h_out, f, 1}, dpre{dpre_out, f, 1};
+    const int64_t m = a.m, f = a.f;
+    const X *pre = static_cast<const X*>(a.pre), *dy_data = static_cast<const X*>(a.dy);
+    const MatrixView<X> x{static_cast<const X*>(a.x), a.x_stride, 1}, dy{dy_data, a.n, 1};
     const MatrixView<W> w1{static_cast<const W*>(a.w1), a.w1_stride, 1},
         w2{static_cast<const W*>(a.w2), a.w2_stride, 1};
+    const HiddenOperand<Mode, X> h(m, f, false, a.dw2 != nullptr);
+    const HiddenOperand<Mode, X> dpre(m, f, a.dx != nullptr, a.dw1 != nullptr, a.db1 != nullptr);
     with_activation(a.activation, [&](auto tag) {
-      constexpr Activation kind = decltype(tag)::value;
-      gemm<Mode>(threads, dy, w2, a.m, f, a.n, [=](const Tile& tile) {
-        for_tile(tile, f, [=](int64_t row, int64_t col, int lanes, Vec dh) {
-          const Vec p = load_lanes(pre + row * f + col, lanes);
-          store_lanes(h_out + row * f + col, activate<kind>(p), lanes);
-          store_lanes(dpre_out + row * f + col, dh * activate_grad<kind>(p), lanes);
+      gemm<Mode>(threads, dy, w2, m, f, a.n, [&](const Tile& tile) {
+        for_row_pairs(tile, f, [&](int64_t row, int64_t col, int lanes, Vec dh0, Vec dh1) {
+          Vec p[2];
+          load_pair(pre, m, f, row, col, lanes, p);
+          const ValueAndSlope first = activate_with_slope<decltype(tag)::value, sizeof(X) == 2>(p[0]),
+                              second = activate_with_slope<decltype(tag)::value, sizeof(X) == 2>(p[1]);
+          h.store_pair(row, col, lanes, first.value, second.value);
+          dpre.store_pair(row, col, lanes, dh0 * first.slope, dh1 * second.slope);
         });
       });
     });
-    if (a.db2) column_sums(threads, dy, a.m, a.n, a.db2);
-    if (a.db1) column_sums(threads, dpre, a.m, f, a.db1);
-    if (a.dw2) dense_wgrad<Mode>(threads, dy, h, static_cast<W*>(a.dw2), a.m, a.n, f);
-    if (a.dw1) dense_wgrad<Mode>(threads, dpre, x, static_cast<W*>(a.dw1), a.m, f, a.k);
-    if (a.dx) dense_dgrad<Mode>(threads, dpre, w1, static_cast<X*>(a.dx), a.m, f, a.k);
+    if (a.db2) column_sums(threads, dy, m, a.n, a.db2);
+    if (a.db1) dpre.add_sums(threads, a.db1);
+    if (a.dw2) dense_wgrad<Mode>(threads, dy, h.panels(), static_cast<W*>(a.dw2), m, a.n, f);
+    if (a.dw1) dense_wgrad<Mode>(threads, dpre.panels(), x, static_cast<W*>(a.dw1), m, f, a.k);
+    if (a.dx) dense_dgrad<Mode>(threads, dpre.rows(), w1, static_cast<X*>(a.dx), m, f, a.k);
   });
 }
 
