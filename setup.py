@@ -78,6 +78,6 @@ class CMakeBuild(build_ext):
 setup(
     ext_modules=[Extension("bigmodel_fast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    packages=[*find_packages(include=["bigmodel_fast*"]), "bigmodel_fast.kernels"],
-    package_dir={"bigmodel_fast.kernels": "kernels"},
+    packages=[*find_packages(include=["bigmodel_fast*"]), "bigmodel_fast.kernels", "bigmodel_fast.benchmarks"],
+    package_dir={"bigmodel_fast.kernels": "kernels", "bigmodel_fast.benchmarks": "benchmarks"},
 )

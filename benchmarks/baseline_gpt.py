@@ -72,6 +72,9 @@ def norm(config: GPTConfig) -> nn.Module:
 
 
 class PlainGPT(nn.Module):
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
