@@ -64,6 +64,15 @@ def test_any_text_survives(kind: str, tmp_path: Path) -> None:
     assert again.end not in again.encode("the end: <|endoftext|>")
 
 
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_the_bytes_of_tokens_are_those_of_the_text(kind: str) -> None:
+    tokenizer = Tokenizer() if kind == "bytes" else Tokenizer.train(["hello naïve 😀 world\n" * 50], 300)
+    text = "naïve 😀\t\x00\x7f\xa0\xad 中文\n"
+    tokens = tokenizer.encode(text)
+    assert b"".join(tokenizer.bytes_of([t]) for t in tokens) == tokenizer.bytes_of(tokens) == text.encode()
+    assert tokenizer.bytes_of([tokenizer.end]) == b""
+
+
 def test_a_vocabulary_below_the_bytes_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 257"):
         Tokenizer.train(["x"], 256)
@@ -136,7 +145,8 @@ def test_too_little_text_for_a_batch_is_said() -> None:
         batches(batch=21)
 
 
-def test_validation_batches_stand_in_order() -> None:
-    first, second = batches().in_order(2)
-    assert torch.equal(torch.cat([first[0], second[0]]).flatten(), torch.arange(30))
-    assert len(batches().in_order(1000)) == 6
+def test_validation_batches_spread_over_the_text() -> None:
+    first, second = batches().spread(2)
+    starts = torch.cat([first[0], second[0]])[:, 0].tolist()
+    assert starts == [0, 15, 30, 50, 65, 80]
+    assert len(batches().spread(1000)) == 6

@@ -38,11 +38,12 @@ class Batches:
         self.position += self.batch
         return self._windows(starts)
 
-    def in_order(self, count: int) -> list[tuple[Tensor, Tensor]]:
-        """The first `count` batches (fewer if there are not so many) of the text as it stands; moves nothing."""
-        most = (len(self.tokens) - 1) // (self.batch * self.context)
-        starts = np.arange(min(count, most) * self.batch) * self.context
-        return [self._windows(part) for part in np.split(starts, min(count, most))]
+    def spread(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """`count` batches (fewer if there are not so many) of windows spread evenly over the text; moves nothing."""
+        windows = (len(self.tokens) - 1) // self.context
+        count = min(count, windows // self.batch)
+        chosen = np.arange(count * self.batch) * windows // (count * self.batch)
+        return [self._windows(part) for part in np.split(chosen * self.context, count)]
 
     def _windows(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         rows = np.stack([self.tokens[s : s + self.context + 1] for s in starts]).astype(np.int64)

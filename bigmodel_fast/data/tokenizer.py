@@ -60,7 +60,24 @@ class Tokenizer:
         return [e.ids for e in self._bpe.encode_batch(list(texts))]
 
     def decode(self, tokens: Iterable[int]) -> str:
+        return self.bytes_of(tokens).decode("utf-8", errors="replace")
+
+    def bytes_of(self, tokens: Iterable[int]) -> bytes:
+        """The bytes that tokens stand for, `end` for none. They may begin or stop inside a character."""
         kept = [t for t in tokens if t != self.end]
         if self._bpe is None:
-            return bytes(kept).decode("utf-8", errors="replace")
-        return self._bpe.decode(kept)
+            return bytes(kept)
+        return bytes(_BYTE_OF[character] for t in kept for character in self._bpe.id_to_token(t))
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level BPE's tokens stands for (GPT-2's mapping).
+
+    Printable bytes stand for themselves, the others for the characters from 256 on, in order.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()

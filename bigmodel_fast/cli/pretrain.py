@@ -1,0 +1,37 @@
+"""bigmodel-fast pretrain: the training loop behind options, with a progress bar."""
+
+import shlex
+
+from ..train import Result, TrainConfig, pretrain
+from .arguments import parse
+from .progress import reporter_for_terminal
+
+DESCRIPTION = """Trains a GPT on text, from random weights, through this package's operators. Without options it learns
+from the Python standard library for 3 minutes. Ctrl-C saves, and says how to go on."""
+
+
+def run(argv: list[str]) -> int:
+    """The command; returns its exit code."""
+    config = TrainConfig.from_dict(parse(argv, "pretrain", TrainConfig, DESCRIPTION))
+    print(ending(pretrain(config, reporter_for_terminal(config.log_every)), config))
+    return 0
+
+
+def ending(result: Result, config: TrainConfig) -> str:
+    """What to say after a run: how it went, where everything is, what to do next."""
+    out = shlex.quote(config.out)
+    if not result.finished:
+        return (
+            f"stopped after step {result.step}; saved {result.checkpoint}\n"
+            f"to go on: bigmodel-fast pretrain --config {shlex.quote(f'{config.out}/config.yaml')} --resume auto"
+        )
+    if not result.steps_done:
+        return f"finished before, at step {result.step}; for more, raise --steps or --minutes"
+    evaluation = result.evaluation
+    assert evaluation is not None  # a run that finishes ends with one
+    return (
+        f"finished at step {result.step}: validation loss {evaluation.loss:.4f}, "
+        f"perplexity {evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.3f} bits per byte\n"
+        f"in {config.out}: loss.png, metrics.jsonl, checkpoints\n"
+        f"try it: bigmodel-fast generate --path {out} --prompt 'def main('"
+    )

@@ -1,0 +1,38 @@
+"""Pretraining: the loop, its settings, checkpoints, metrics. Usable without the commands.
+
+from bigmodel_fast.train import TrainConfig, pretrain
+pretrain(TrainConfig(data="my_texts", out="runs/mine", minutes=30))
+"""
+
+from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from .config import ModelConfig, OptimConfig, TrainConfig
+from .errors import CheckpointError, ConfigError, TrainError
+from .loop import Result, Trainer, pretrain
+from .metrics import MetricsLog, plot_losses, read_metrics
+from .report import Evaluation, Reporter, Start, Step
+from .setup import pick_device, pick_dtype
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "ConfigError",
+    "Evaluation",
+    "MetricsLog",
+    "ModelConfig",
+    "OptimConfig",
+    "Reporter",
+    "Result",
+    "Start",
+    "Step",
+    "TrainConfig",
+    "TrainError",
+    "Trainer",
+    "load_checkpoint",
+    "newest_checkpoint",
+    "pick_device",
+    "pick_dtype",
+    "plot_losses",
+    "pretrain",
+    "read_metrics",
+    "save_checkpoint",
+]

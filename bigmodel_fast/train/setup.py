@@ -1,0 +1,168 @@
+"""What a run needs before its first step: a device, a folder, the checkpoint it goes on from, data, an optimizer."""
+
+import base64
+import importlib.util
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import cpu_isa
+from ..data import Batches, DataError, TokenFiles, Tokenizer, prepare
+from ..models import GPT
+from ..optim import AdamW
+from .checkpoint import Checkpoint, checkpoint_folders, load_checkpoint, newest_checkpoint
+from .config import TrainConfig
+from .errors import CheckpointError, ConfigError
+
+
+def require_packages(config: TrainConfig) -> None:
+    """ModuleNotFoundError now, not after hours of training, for a package that this run needs later."""
+    needed = ["safetensors", "matplotlib", "yaml", *(["tensorboard"] if config.tensorboard else [])]
+    for name in needed:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for a setting of auto, cpu or cuda."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda was asked for, but this torch finds no CUDA device")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(name: str, device: torch.device) -> str:
+    """bf16 or fp32 for a setting of auto, bf16 or fp32: what multiplies faster on the device."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" or cpu_isa() == "avx512_bf16" else "fp32"
+
+
+def open_folder(out: Path) -> None:
+    """Makes the folder of the run; ConfigError if nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ConfigError(f"out: cannot write to {out} ({error.strerror})") from None
+
+
+def find_checkpoint(config: TrainConfig, tell: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint that `config.resume` means, or None to begin anew; a run that is there is never overwritten.
+
+    Raises:
+        ConfigError, CheckpointError: it is not there, damaged, or would mix two runs in one folder.
+    """
+    out = config.out_folder
+    present = checkpoint_folders(out)
+    if config.resume == "never":
+        if present:
+            raise ConfigError(f"out: {out} holds a run already; go on with --resume auto, or choose another --out")
+        return None
+    if config.resume == "auto":
+        checkpoint, damaged = newest_checkpoint(out)
+        if damaged and checkpoint is None:
+            raise CheckpointError(damaged[0])
+        for text in damaged:
+            tell(f"{text}; passed over")
+        return checkpoint
+    checkpoint = load_checkpoint(config.resume)
+    later = [path for path in present if path.name > checkpoint.path.name]
+    if later:
+        raise ConfigError(f"out: {later[0]} is later than the checkpoint to resume; choose another --out")
+    return checkpoint
+
+
+def require_same_run(config: TrainConfig, dtype: str, checkpoint: Checkpoint) -> None:
+    """CheckpointError, naming the key, for a checkpoint of another model, optimizer, tokenizer, seed or dtype."""
+    try:
+        before = TrainConfig.from_dict(checkpoint.state["config"])
+        dtype_before = checkpoint.state["dtype"]
+    except (KeyError, ConfigError):
+        raise CheckpointError(f"{checkpoint.path}: not of a run of this version's pretrain") from None
+    different = [(key, before.value(key), config.value(key)) for key in config.differences(before)]
+    if dtype != dtype_before:
+        different.append(("dtype", dtype_before, dtype))
+    if different:
+        key, theirs, ours = different[0]
+        raise CheckpointError(
+            f"{checkpoint.path}: of another run ({key} is {theirs} there and {ours} here); "
+            f"take its settings with --config {checkpoint.path.parents[1] / 'config.yaml'}"
+        )
+
+
+def tokenize(config: TrainConfig, progress: Callable[[int, int], None]) -> TokenFiles:
+    """The corpus as token files, from the cache if it is there."""
+    try:
+        return prepare(
+            config.data,
+            config.cache_folder / "tokens",
+            tokenizer=config.tokenizer,
+            vocab_size=config.vocab_size,
+            progress=progress,
+        )
+    except OSError as error:
+        raise ConfigError(f"data or cache: {error.filename or config.cache_folder}: {error.strerror}") from None
+
+
+def make_batches(config: TrainConfig, files: TokenFiles) -> tuple[Batches, Batches]:
+    """Loaders of the training and the validation text; DataError if either is too short."""
+    context = config.model.context
+    train = Batches(files.train, config.optim.batch, context, seed=config.seed)
+    rows = min(config.optim.batch, (len(files.validation) - 1) // context)
+    if rows < 1:
+        raise DataError(
+            f"the validation text has {len(files.validation)} tokens, less than a sequence of {context} + 1; "
+            "give more text with --data, or lower model.context"
+        )
+    return train, Batches(files.validation, rows, context, what="the validation text")
+
+
+def fingerprint(files: TokenFiles) -> dict[str, int]:
+    """Tells one tokenized corpus from another: sizes, and a checksum of up to a million tokens all over each split."""
+    values = {"vocab_size": files.tokenizer.vocab_size}
+    for split, tokens in (("train", files.train), ("validation", files.validation)):
+        some = np.ascontiguousarray(tokens[:: len(tokens) // 1_000_000 + 1])
+        values |= {f"{split}_tokens": len(tokens), f"{split}_crc32": zlib.crc32(some.tobytes())}
+    return values
+
+
+def make_optimizer(model: GPT, config: TrainConfig) -> AdamW:
+    """AdamW that lets matrices decay and leaves biases and norms alone."""
+    o = config.optim
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return AdamW(groups, lr=o.lr, betas=o.betas)
+
+
+def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    """How many bytes of text each token stands for: [vocab_size]."""
+    return np.array([len(tokenizer.bytes_of([token])) for token in range(tokenizer.vocab_size)])
+
+
+def write_config(config: TrainConfig, out: Path) -> None:
+    """`out`/config.yaml: the whole config, as `--config` takes it."""
+    import yaml
+
+    (out / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def random_state(device: torch.device) -> dict[str, str]:
+    """torch's random generators, of the CPU and of the device, as text."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
+
+
+def set_random_state(states: dict[str, str], device: torch.device) -> None:
+    """Takes up what `random_state` gave."""
+    tensors = {name: torch.frombuffer(bytearray(base64.b64decode(s)), dtype=torch.uint8) for name, s in states.items()}
+    torch.set_rng_state(tensors["cpu"])
+    if device.type == "cuda" and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"], device)
