@@ -4,9 +4,9 @@ __version__ = "0.1.0"
 
 from . import ops
 from ._dispatch import explain
-from ._library import build_info, cpu_isa
+from ._library import build_info, cpu_isa, working_memory
 
-__all__ = ["__version__", "build_info", "cpu_isa", "explain", "ops"]
+__all__ = ["__version__", "build_info", "cpu_isa", "explain", "ops", "working_memory"]
 
 _SUBMODULES = ("data", "models", "nn", "optim", "train")
 

@@ -30,6 +30,11 @@ def supported_cpu_isas() -> list[str]:
     return _C.supported_cpu_isas()
 
 
+def working_memory() -> dict[str, int]:
+    """Bytes of working memory that are `kept` for later calls, and the most that ever are (`limit`)."""
+    return {"kept": _C.scratch_kept_bytes(), "limit": _C.scratch_kept_limit}
+
+
 def build_info() -> dict[str, object]:
     """Compiler, torch version at build time, oldest torch the operators run under, and whether CUDA kernels are in."""
     return dict(_C.build_info)

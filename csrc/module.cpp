@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/isa.h"
+#include "core/scratch.h"
 
 namespace py = pybind11;
 
@@ -25,6 +26,8 @@ PYBIND11_MODULE(_C, m) {
         return names;
       },
       "Instruction sets compiled in that this machine has, slowest first.");
+  m.def("scratch_kept_bytes", &bmf::scratch_kept_bytes, "Bytes of working memory kept for later calls.");
+  m.attr("scratch_kept_limit") = bmf::kScratchKeptLimit;
   py::dict build;
   build["compiler"] = BMF_COMPILER;
   build["torch_built_with"] = BMF_TORCH_VERSION;

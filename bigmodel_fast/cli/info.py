@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__, build_info, cpu_isa
+from .. import __version__, build_info, cpu_isa, working_memory
 from .._library import supported_cpu_isas
 from .arguments import parse
 
@@ -48,6 +48,7 @@ def collect() -> dict[str, Any]:
         "cpu_isas_supported": supported_cpu_isas(),
         "cuda_device": torch.cuda.get_device_name() if cuda else None,
         "build": build_info(),
+        "working_memory_limit": working_memory()["limit"],
         "peak_gflops_fp32": peak_gflops(bfloat16=False),
         "peak_gflops_bf16": peak_gflops(bfloat16=True),
         "copy_gbytes_per_second": copy_bandwidth(),
@@ -103,6 +104,7 @@ def table(found: dict[str, Any]) -> str:
         "cpu": f"{found['cpu']}, {found['cpus']} CPUs, {found['threads']} threads in use",
         "instruction set": f"{found['cpu_isa']} (of {supported}; BMF_CPU_ISA chooses)",
         "compiler": build["compiler"],
+        "working memory": f"at most {found['working_memory_limit'] >> 20} MiB kept between calls",
         "CUDA kernels": "built in" if build["cuda"] else "not built",
         "CUDA device": found["cuda_device"] or "none",
         "peak fp32": f"{found['peak_gflops_fp32']:,.0f} GFLOP/s",

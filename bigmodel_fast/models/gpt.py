@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import nn, ops
+from ..ops._heads import split_heads
 
 
 @dataclass
@@ -111,8 +112,8 @@ class SelfAttention(torch.nn.Module):
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int) -> Tensor:
         b, s, _ = x.shape
-        heads = self.qkv(x).view(b, s, -1, self.head_dim).transpose(1, 2)
-        q, k, v = heads.split([self.heads, self.key_heads, self.key_heads], dim=1)
+        heads = self.qkv(x).view(b, s, -1, self.head_dim)
+        q, k, v = split_heads(heads, [self.heads, self.key_heads, self.key_heads])
         if rotation is not None:
             q, k = ops.rotary(q, k, *rotation)
         if cache is not None:

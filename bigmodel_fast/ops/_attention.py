@@ -26,11 +26,12 @@ def _(query, key, value, bias, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqle
 
 @torch.library.register_fake("bigmodel_fast::attention_bwd")
 def _(grad_out, query, key, value, *options):
-    bias_shape = options[-1]
-    return (
-        *(_empty_heads(t) if t.dim() == 4 else t.new_empty(t.shape) for t in (query, key, value)),
-        query.new_empty(bias_shape or (0,), dtype=torch.float32),
-    )
+    *_, bias_shape, packed = options
+    grad_bias = query.new_empty(bias_shape or (0,), dtype=torch.float32)
+    if packed:
+        b, h, s, d = query.shape
+        return query.new_empty((b, s, h + 2 * key.shape[1], d)), query.new_empty(0), query.new_empty(0), grad_bias
+    return *(_empty_heads(t) if t.dim() == 4 else t.new_empty(t.shape) for t in (query, key, value)), grad_bias
 
 
 def _empty_heads(t: Tensor) -> Tensor:
@@ -65,9 +66,13 @@ class _Attention(torch.autograd.Function):
         expanded = None if bias is None else bias.expand(*query.shape[:3], key.shape[2])
         wants_bias = ctx.needs_input_grad[3]
         shape = (1,) * (4 - bias.dim()) + tuple(bias.shape) if wants_bias else ()
+        packed = query.dim() == 4 and query.shape[2] == key.shape[2] and not torch.compiler.is_compiling()
         grad_query, grad_key, grad_value, grad_bias = torch.ops.bigmodel_fast.attention_bwd(
-            grad_out, query, key, value, out, stats, expanded, *tensors, *ctx.options, shape
+            grad_out, query, key, value, out, stats, expanded, *tensors, *ctx.options, shape, packed
         )
+        if packed:
+            heads = [query.shape[1], key.shape[1], key.shape[1]]
+            grad_query, grad_key, grad_value = (t.transpose(1, 2) for t in grad_query.split(heads, dim=2))
         grad_bias = grad_bias.view(bias.shape).to(bias.dtype) if wants_bias else None
         return grad_query, grad_key, grad_value, grad_bias, *nothing
 

@@ -15,9 +15,10 @@
 namespace bmf::BMF_ISA {
 
 constexpr int64_t kTileRows = 96, kFewestTileRows = 24, kTilePanels = 4;  // rows: even multiples of kFewestTileRows
-// Units of k summed in one sweep of a tile: 96 rows and 4 panels of them are 704 KiB, which leaves L2 (1 MiB) room for
-// C.
-constexpr int64_t kSweepUnits = 512;
+// Units of k summed in one sweep of a tile. 96 rows and 4 panels of 512 are 704 KiB, which leaves L2 (1 MiB) room for
+// C; floats take half of it, because one sum of 512 of them would round off more than plain torch's.
+template <class Mode>
+constexpr int64_t kSweepUnits = Mode::kPerUnit == 2 ? 512 : 256;
 
 BMF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 BMF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -81,13 +82,13 @@ class OperandB {
   OperandB(const Threads& threads, int64_t k, int64_t n, const MatrixView<T>& first, const More&... more)
       : units_(units_of<Mode>(k)), columns_(n), sources_(1 + sizeof...(more)), packed_(count() * units_ * kPanel * 4) {
     const MatrixView<T> sources[] = {first, more...};
-    const int64_t k_blocks = ceil_div(units_, kSweepUnits);
+    const int64_t k_blocks = ceil_div(units_, kSweepUnits<Mode>);
     parallel_tasks(threads, count() * k_blocks, [&](int64_t task, int) {
-      const int64_t index = task / k_blocks, unit = task % k_blocks * kSweepUnits;
+      const int64_t index = task / k_blocks, unit = task % k_blocks * kSweepUnits<Mode>;
       const int64_t from = unit * Mode::kPerUnit, col = index / sources_ * kPanel;
       const MatrixView<T>& source = sources[index % sources_];
       const MatrixView<T> part{source.at(from, 0), source.row_stride, source.col_stride};
-      pack_panel<Mode>(part, smaller(kSweepUnits * Mode::kPerUnit, k - from), col, columns(index),
+      pack_panel<Mode>(part, smaller(kSweepUnits<Mode> * Mode::kPerUnit, k - from), col, columns(index),
                        packed_.template at<float>(0) + (index * units_ + unit) * kPanel);
     });
   }
@@ -120,7 +121,7 @@ void multiply_tile(const Product<Mode>* products, int product_count, int64_t row
   for (int i = 0; i < product_count; ++i) {
     const OperandA<Mode>& a = *products[i].a;
     const OperandB<Mode>& b = *products[i].b;
-    const int64_t sweeps = ceil_div(a.units(), kSweepUnits);
+    const int64_t sweeps = ceil_div(a.units(), kSweepUnits<Mode>);
     for (int64_t s = 0; s < sweeps; ++s) {
       const int64_t unit = a.units() * s / sweeps, units = a.units() * (s + 1) / sweeps - unit;
       for (int64_t p = 0; p < panels; ++p) {
@@ -187,22 +188,32 @@ BMF_INLINE void for_tile(const Tile& tile, int64_t n, const F& f) {
               [&](int64_t c, int lanes) { f(tile.row + r, col + c, lanes, load(tile.sums + r * Tile::stride + c)); });
 }
 
-// Epilogue that stores C, row-major with rows `stride` apart, as T.
-template <class T>
+// Epilogues that store C as T, or add it to what is there. Element (row, col) stands at out[row * stride + col], or
+// transposed at out[col * stride + row]; `n`: columns of C.
+template <class T, bool kAdds>
+BMF_INLINE void put(T* at, Vec v, int lanes, bool first) {
+  store_lanes(at, kAdds && !first ? v + load_lanes(at, lanes) : v, lanes);
+}
+
+template <class T, bool kAdds = false>
 struct StoreTile {
   T* out;
   int64_t n, stride;
+  bool first = true;  // kAdds: there is nothing to add to yet
   void operator()(const Tile& tile) const {
-    for_tile(tile, n,
-             [&](int64_t row, int64_t col, int lanes, Vec v) { store_lanes(out + row * stride + col, v, lanes); });
+    for_tile(tile, n, [&](int64_t row, int64_t col, int lanes, Vec v) {
+      put<T, kAdds>(out + row * stride + col, v, lanes, first);
+    });
   }
 };
-
-// Epilogue that stores the transpose of C: element (row, col) at out[col * stride + row].
 template <class T>
+using AddTile = StoreTile<T, true>;
+
+template <class T, bool kAdds = false>
 struct StoreTransposed {
   T* out;
   int64_t n, stride;
+  bool first = true;
   void operator()(const Tile& tile) const {
     const int64_t col = tile.panel * kPanel;
     for_lanes(smaller(tile.panels * kPanel, n - col), [&](int64_t c, int cols) {
@@ -210,10 +221,13 @@ struct StoreTransposed {
         Vec square[kLanes];
         for (int i = 0; i < kLanes; ++i) square[i] = i < rows ? load(tile.sums + (r + i) * Tile::stride + c) : Vec{};
         transpose_units(square);
-        for (int i = 0; i < cols; ++i) store_lanes(out + (col + c + i) * stride + tile.row + r, square[i], rows);
+        for (int i = 0; i < cols; ++i)
+          put<T, kAdds>(out + (col + c + i) * stride + tile.row + r, square[i], rows, first);
       });
     });
   }
 };
+template <class T>
+using AddTransposed = StoreTransposed<T, true>;
 
 }  // namespace bmf::BMF_ISA

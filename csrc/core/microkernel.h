@@ -21,7 +21,7 @@ void micro_tile(const char* a, int64_t a_stride, const float* panel, int64_t uni
 #pragma GCC unroll 8
   for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kV; ++v) acc[r][v] = kAccumulate ? load(c + r * c_stride + v * kLanes) : Vec{};
+    for (int v = 0; v < kV; ++v) acc[r][v] = Vec{};
   for (int64_t u = 0; u < units; ++u) {
     Vec b[kV];
 #pragma GCC unroll 4
@@ -38,7 +38,11 @@ void micro_tile(const char* a, int64_t a_stride, const float* panel, int64_t uni
 #pragma GCC unroll 8
   for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kV; ++v) store(c + r * c_stride + v * kLanes, acc[r][v]);
+    for (int v = 0; v < kV; ++v) {
+      // Added last and not summed onto: sums of blocks round off less than one long sum.
+      float* at = c + r * c_stride + v * kLanes;
+      store(at, kAccumulate ? load(at) + acc[r][v] : acc[r][v]);
+    }
 }
 
 template <class Mode, bool kAccumulate, int kR, int kV>

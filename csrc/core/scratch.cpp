@@ -4,55 +4,78 @@
 
 #include <mutex>
 #include <new>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else  // a region may be larger than was asked for: the sanitizer is told to guard the rest
+#define ASAN_POISON_MEMORY_REGION(data, bytes)
+#define ASAN_UNPOISON_MEMORY_REGION(data, bytes)
+#endif
 
 namespace bmf {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kSmall = size_t{32} << 20;  // a region below this serves any smaller request
-constexpr int kSlots = 64;
+constexpr size_t kPage = 4096, kHugePage = size_t{2} << 20;
 
 struct Region {
   char* data;
   size_t capacity;
 };
 
-std::mutex mutex;
-Region kept[kSlots];
-int kept_count = 0;
-size_t kept_bytes = 0;
+struct Pool {
+  std::mutex mutex;
+  std::vector<Region> kept;  // the one given back longest ago first
+  size_t kept_bytes = 0;
+};
+
+// Never destroyed: tensors may give memory back while the process ends.
+Pool& pool() {
+  static Pool& only = *new Pool;
+  return only;
+}
+
+// Sizes are rounded up to one of eight in each power of two, so that a region given back fits requests that differ a
+// little, as those of a last, smaller batch do.
+size_t capacity_for(size_t bytes) {
+  size_t step = kPage;
+  while (step * 16 <= bytes) step *= 2;
+  return bytes == 0 ? kPage : (bytes + step - 1) / step * step;
+}
+
+char* map(size_t capacity) {
+  const size_t alignment = capacity < kHugePage ? kPage : kHugePage;
+  void* fresh = mmap(nullptr, capacity + alignment, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (fresh == MAP_FAILED) throw std::bad_alloc();
+  char* begin = static_cast<char*>(fresh);
+  const size_t skip = (alignment - reinterpret_cast<uintptr_t>(begin) % alignment) % alignment;
+  if (skip > 0) munmap(begin, skip);
+  if (alignment > skip) munmap(begin + skip + capacity, alignment - skip);
+  if (alignment == kHugePage) madvise(begin + skip, capacity, MADV_HUGEPAGE);  // advice: failure changes nothing
+  return begin + skip;
+}
+
+void unmap(const Region& region) {
+  ASAN_UNPOISON_MEMORY_REGION(region.data, region.capacity);
+  munmap(region.data, region.capacity);
+}
 
 }  // namespace
 
-Scratch::Scratch(size_t bytes) {
-  const size_t page = bytes < kHugePage ? 4096 : kHugePage;
-  const size_t wanted = bytes == 0 ? page : (bytes + page - 1) / page * page;
+Scratch::Scratch(size_t bytes) : data_(nullptr), capacity_(capacity_for(bytes)) {
   {
-    const std::lock_guard lock(mutex);
-    int best = -1;  // the smallest region that is large enough, and not so large that another call will miss it
-    const size_t most = wanted < kSmall ? kSmall : wanted + wanted / 2;
-    for (int i = 0; i < kept_count; ++i)
-      if (kept[i].capacity >= wanted && kept[i].capacity <= most &&
-          (best < 0 || kept[i].capacity < kept[best].capacity))
-        best = i;
-    if (best >= 0) {
-      data_ = kept[best].data;
-      capacity_ = kept[best].capacity;
-      kept_bytes -= capacity_;
-      kept[best] = kept[--kept_count];
-      return;
-    }
+    Pool& p = pool();
+    const std::lock_guard lock(p.mutex);
+    for (size_t i = p.kept.size(); i-- > 0 && data_ == nullptr;)  // the latest first: most of it may still be in cache
+      if (p.kept[i].capacity == capacity_) {
+        data_ = p.kept[i].data;
+        p.kept_bytes -= capacity_;
+        p.kept.erase(p.kept.begin() + static_cast<std::ptrdiff_t>(i));
+      }
   }
-  void* fresh = mmap(nullptr, wanted + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (fresh == MAP_FAILED) throw std::bad_alloc();
-  // Trim to a multiple of the page asked for, so that huge pages fit.
-  char* begin = static_cast<char*>(fresh);
-  const size_t skip = (page - reinterpret_cast<uintptr_t>(begin) % page) % page;
-  if (skip > 0) munmap(begin, skip);
-  if (page > skip) munmap(begin + skip + wanted, page - skip);
-  data_ = begin + skip;
-  capacity_ = wanted;
-  if (page == kHugePage) madvise(data_, capacity_, MADV_HUGEPAGE);  // advice: failure changes nothing
+  if (data_ == nullptr) data_ = map(capacity_);
+  ASAN_UNPOISON_MEMORY_REGION(data_, capacity_);
+  ASAN_POISON_MEMORY_REGION(data_ + bytes, capacity_ - bytes);
 }
 
 Scratch::~Scratch() { give_back({data_, capacity_}); }
@@ -65,28 +88,24 @@ Scratch::Held Scratch::release() {
 
 void Scratch::give_back(Held held) {
   if (held.data == nullptr) return;
-  const size_t capacity = held.capacity;
-  {
-    const std::lock_guard lock(mutex);
-    // Smaller regions make room: calls repeat, and the larger region serves them all.
-    for (int i = kept_count - 1; i >= 0; --i)
-      if ((kept_bytes + capacity > kScratchKeptLimit || kept_count == kSlots) && kept[i].capacity <= capacity) {
-        munmap(kept[i].data, kept[i].capacity);
-        kept_bytes -= kept[i].capacity;
-        kept[i] = kept[--kept_count];
-      }
-    if (kept_bytes + capacity <= kScratchKeptLimit && kept_count < kSlots) {
-      kept[kept_count++] = {static_cast<char*>(held.data), capacity};
-      kept_bytes += capacity;
-      return;
-    }
+  const Region region{static_cast<char*>(held.data), held.capacity};
+  if (region.capacity > kScratchKeptLimit) return unmap(region);
+  Pool& p = pool();
+  const std::lock_guard lock(p.mutex);
+  p.kept.push_back(region);
+  p.kept_bytes += region.capacity;
+  size_t oldest = 0;
+  for (; p.kept_bytes > kScratchKeptLimit; ++oldest) {
+    unmap(p.kept[oldest]);
+    p.kept_bytes -= p.kept[oldest].capacity;
   }
-  munmap(held.data, capacity);
+  p.kept.erase(p.kept.begin(), p.kept.begin() + static_cast<std::ptrdiff_t>(oldest));
 }
 
 size_t scratch_kept_bytes() {
-  const std::lock_guard lock(mutex);
-  return kept_bytes;
+  Pool& p = pool();
+  const std::lock_guard lock(p.mutex);
+  return p.kept_bytes;
 }
 
 }  // namespace bmf

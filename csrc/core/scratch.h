@@ -1,7 +1,8 @@
 // Working memory for one kernel call, taken from a process-wide pool and given back at the end of the scope.
 //
 // Fresh memory costs a page fault for every 4 KiB it touches; pooled memory costs them once, and asks for huge pages.
-// What the pool keeps between calls is bounded (kept_limit), so a single large call does not hold its memory forever.
+// What the pool keeps between calls is bounded (kScratchKeptLimit), so a single large call does not hold its memory
+// forever.
 #pragma once
 #include <cstddef>
 #include <cstdint>

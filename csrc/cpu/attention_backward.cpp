@@ -105,7 +105,8 @@ class AttentionBackward {
     }
     order_by_work(task_work, sets * parts, order);
     parallel_tasks(threads_, sets * parts, [&](int64_t t, int thread) {
-      const int64_t part = order[t] % parts;
+      const int64_t part = order[t] % parts, after = t + threads_.count;
+      const int64_t next = parts == 1 && sets == heads && after < sets ? order[after] : kNoHead;
       for_heads(order[t] / parts, [&](int64_t head) {
         const int64_t* cut = cuts + head * (key_blocks_ + 1) + part;
         char* mine = scratch.at<char>(thread_bytes_ * thread);
@@ -113,7 +114,7 @@ class AttentionBackward {
           const int64_t index = (head * group_ + member) * parts + part;
           return dq.at<float>(dq_bytes * (parts > 1 ? index : thread));
         };
-        key_head(head, cut[0], cut[1], parts == 1, mine, dq_of);
+        key_head(head, cut[0], cut[1], parts == 1, mine, dq_of, next);
       });
     });
     if (parts == 1) return;
@@ -177,7 +178,8 @@ class AttentionBackward {
 
   // Key blocks [first, last) of one key head. dq_of(member): where dQ of a query head is summed.
   template <class DqOf>
-  void key_head(int64_t key_head, int64_t first, int64_t last, bool all_keys, char* mine, const DqOf& dq_of) const {
+  void key_head(int64_t key_head, int64_t first, int64_t last, bool all_keys, char* mine, const DqOf& dq_of,
+                int64_t next) const {
     const AttentionSequence& s = sequence(key_head);
     const int64_t key = first * kKeys, keys = smaller(last * kKeys, s.keys) - key;
     if (keys > 0) __builtin_memset(mine + sums_at_, 0, (last - first) * 2 * dim_ * kKeys * 4);
@@ -194,7 +196,8 @@ class AttentionBackward {
         if (seeing.begin == seeing.end) continue;
         pack_keys(s, key_head % args_.key_heads, k, mine);
         for (int64_t b = seeing.begin / kQueries; b < ceil_div(seeing.end, kQueries); ++b)
-          tile(s, key_head / args_.key_heads, head, b, k, sums(mine, k - first), mine, dq + b * kQueries * dq_stride_);
+          tile(s, key_head / args_.key_heads, head, b, k, sums(mine, k - first), mine, dq + b * kQueries * dq_stride_,
+               k == first ? next : kNoHead, member);
       }
       if (!all_keys) continue;
       for (int64_t row = 0; row < s.queries; ++row) {  // those that see no key get zeros
@@ -269,7 +272,7 @@ class AttentionBackward {
 
   // One block of queries with one block of keys. `sum`: dV^T and dK^T, [dim][kKeys] each.
   void tile(const AttentionSequence& s, int64_t sequence, int64_t head, int64_t query_block, int64_t key_block,
-            float* sum, char* mine, float* dq) const {
+            float* sum, char* mine, float* dq, int64_t next, int64_t member) const {
     const int64_t row = query_block * kQueries, rows = smaller(kQueries, s.queries - row), key = key_block * kKeys;
     const Block q = queries(mine, query_block);
     auto* keep = reinterpret_cast<uint16_t (*)[8]>(mine + keep_at_);
@@ -285,7 +288,7 @@ class AttentionBackward {
       // Whole groups of kRows, which is even: those that dQ is multiplied in.
       const int64_t begin = (seeing.begin - row) / kRows * kRows;
       const int64_t end = smaller(ceil_div(seeing.end - row, kRows) * kRows, rows);
-      const Panel panel{s, head, row, end, key + c, q, keep};
+      const Panel panel{s, head, row, end, key + c, q, keep, c == 0 ? next : kNoHead, member};
       with_bool(modifies(args_), [&](auto modified) {
         with_bool(args_.dropout > 0, [&](auto dropout) {
           for (int64_t r = begin; r < end; r += kStrip)
@@ -320,6 +323,7 @@ class AttentionBackward {
     int64_t head, row, end, key;
     const Block& q;
     const uint16_t (*keep)[8];
+    int64_t next, member;  // a key head to prefetch, and which of its queries
   };
 
   // Rows [first, first + count) of a panel, which stands at column `column` of its block of keys.
@@ -343,6 +347,7 @@ class AttentionBackward {
       KeyRange own[2];
       for (int i = 0; i < 2; ++i) {
         const int64_t row = panel.row + first + r + i;
+        if (panel.next != kNoHead) prefetch(panel.next, panel.member, row);
         own[i] = first + r + i < panel.end ? keys_of(args_, s, row) : KeyRange{0, 0};
         own[i] = {clamp(own[i].begin - panel.key, 0, kPanel), clamp(own[i].end - panel.key, 0, kPanel)};
         if (kModified && !own[i].empty())
@@ -375,6 +380,19 @@ class AttentionBackward {
         store_row_pair<Mode>(ds_panel + to, ds[0], ds[1]);
       }
     }
+  }
+
+  void prefetch(int64_t key_head, int64_t member, int64_t row) const {
+    const AttentionSequence& s = sequence(key_head);
+    const int64_t of_keys = key_head % args_.key_heads, head = of_keys * group_ + member;
+    if (row < s.queries) {
+      prefetch_row<T>(args_.query, s, s.query_first + row, head, dim_);
+      prefetch_row<T>(args_.grad_out, s, s.query_first + row, head, dim_);
+      prefetch_row<T>(args_.out, s, s.query_first + row, head, dim_);
+    }
+    if (member > 0 || row >= s.keys) return;
+    prefetch_row<T>(args_.key, s, s.key_first + row, of_keys, dim_);
+    prefetch_row<T>(args_.value, s, s.key_first + row, of_keys, dim_);
   }
 
   void add_bias_gradient(const Panel& panel, int64_t row, int64_t column, KeyRange own, Vec ds) const {

@@ -55,11 +55,12 @@ class AttentionForward {
     const Scratch scratch((thread_bytes_ + packed_bytes_) * threads_.count);
     parallel_tasks(threads_, heads, [&](int64_t task, int thread) {
       const int64_t head = order[task];
+      const int64_t next = task + threads_.count < heads ? order[task + threads_.count] : kNoHead;
       char* mine = scratch.at<char>((thread_bytes_ + packed_bytes_) * thread);
       float* packed = reinterpret_cast<float*>(mine + thread_bytes_);
       for (int64_t b = 0; b < ceil_div(sequence(head).keys, kKeyBlock); ++b) pack(head, b, packed);
       for (int64_t h = 0; h < group_; ++h)
-        for (int64_t row = 0; row < sequence(head).queries; row += kQueryBlock) block(head, h, row, packed, mine);
+        for (int64_t row = 0; row < sequence(head).queries; row += kQueryBlock) block(head, h, row, packed, mine, next);
     });
   }
 
@@ -94,7 +95,7 @@ class AttentionForward {
     order_by_work(work, count, order);
     parallel_tasks(threads_, count, [&](int64_t task, int thread) {
       const Task& t = tasks[order[task]];
-      block(t.head, t.member, t.row, packed_head(t.head), scratch.at<char>(thread_bytes_ * thread));
+      block(t.head, t.member, t.row, packed_head(t.head), scratch.at<char>(thread_bytes_ * thread), kNoHead);
     });
   }
 
@@ -121,7 +122,7 @@ class AttentionForward {
   int columns(int64_t panel) const { return static_cast<int>(smaller(kPanel, args_.head_dim - panel * kPanel)); }
 
   // Queries [row, row + kQueryBlock) of one head, as far as there are so many.
-  void block(int64_t key_head, int64_t member, int64_t row, float* packed, char* mine) const {
+  void block(int64_t key_head, int64_t member, int64_t row, float* packed, char* mine, int64_t next) const {
     const AttentionSequence& s = sequence(key_head);
     const int64_t head = key_head % args_.key_heads * group_ + member, rows = smaller(kQueryBlock, s.queries - row);
     const int64_t out_stride = head_panels_ * kPanel;
@@ -135,9 +136,11 @@ class AttentionForward {
     for (int64_t r = 0; r < rows; ++r) top[r] = -kInfinity, total[r] = 0;
 
     const KeyRange seen = keys_of(args_, s, row, rows);
-    for (int64_t key = seen.begin / kKeyBlock * kKeyBlock; key < seen.end; key += kKeyBlock)
+    const int64_t first_block = seen.begin / kKeyBlock * kKeyBlock;
+    for (int64_t key = first_block; key < seen.end; key += kKeyBlock)
       for (int64_t r = 0; r < rows; r += kStripRows) {
-        const Strip strip{s, key_head / args_.key_heads, head, row + r, smaller(kStripRows, rows - r), key};
+        const Strip strip{s,   key_head / args_.key_heads,          head,  row + r, smaller(kStripRows, rows - r),
+                          key, key == first_block ? next : kNoHead, member};
         const KeyRange keys = keys_of(args_, s, strip.row, strip.rows);
         if (keys.begin >= key + kKeyBlock || keys.end <= key || keys.empty()) continue;
         with_bool(args_.dropout > 0, [&](auto dropout) {
@@ -151,9 +154,19 @@ class AttentionForward {
     finish_rows(args_, rows, out, out_stride, top, total, to, args_.out.row_stride, stats);
   }
 
+  void prefetch(int64_t key_head, int64_t member, int64_t row) const {
+    const AttentionSequence& s = sequence(key_head);
+    const int64_t of_keys = key_head % args_.key_heads, dim = args_.head_dim;
+    if (row < s.queries) prefetch_row<T>(args_.query, s, s.query_first + row, of_keys * group_ + member, dim);
+    if (member > 0 || row >= s.keys) return;
+    prefetch_row<T>(args_.key, s, s.key_first + row, of_keys, dim);
+    prefetch_row<T>(args_.value, s, s.key_first + row, of_keys, dim);
+  }
+
   struct Strip {
     const AttentionSequence& s;
     int64_t sequence, head, row, rows, key;  // `rows` queries from `row`, and kKeyBlock keys from `key`
+    int64_t next, member;                    // a key head to prefetch, and which of its queries
   };
 
   template <bool kDropout>
@@ -176,6 +189,7 @@ class AttentionForward {
     for (int64_t r = 0; r < strip.rows; ++r) {
       const int64_t first = r / kRows * kRows;
       const KeyRange written = seen(first, smaller(kRows, strip.rows - first)), own = seen(r, 1);
+      if (strip.next != kNoHead) prefetch(strip.next, strip.member, strip.row + r);
       float* score = scores + r * kKeyBlock;
       if (modifies(args_) && !own.empty())
         modify_scores(args_, s, strip.head, strip.row + r, {own.begin + strip.key, own.end + strip.key}, strip.key,

@@ -29,6 +29,16 @@ BMF_INLINE T* rows_of(const AttentionOperand& t, const AttentionSequence& s, int
   return static_cast<T*>(t.data) + s.batch * t.batch_stride + head * t.head_stride + first * t.row_stride;
 }
 
+// Asks for one row of an operand in L2. A thread that goes through whole heads does so for the head it will probably
+// have next, a row for each row it works on: heads are short runs far apart, which the hardware does not foresee.
+template <class T>
+BMF_INLINE void prefetch_row(const AttentionOperand& t, const AttentionSequence& s, int64_t row, int64_t head,
+                             int64_t dim) {
+  const char* at = reinterpret_cast<const char*>(rows_of<const T>(t, s, row, head));
+  for (int64_t byte = 0; byte < dim * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(at + byte, 0, 2);
+}
+constexpr int64_t kNoHead = -1;
+
 struct KeyRange {
   int64_t begin, end;
   BMF_INLINE bool empty() const { return begin >= end; }

@@ -26,8 +26,13 @@ struct Softmax {
       return 1.0f;
     }
     const int64_t begin = own.begin / kLanes * kLanes, end = ceil_div(own.end, kLanes) * kLanes;
+    // Registers that are not wholly the query's own can only be the first and the last.
+    const bool cut = own.begin > begin || own.end < end;
     Vec most = broadcast(-kInfinity);
-    for (int64_t c = begin; c < end; c += kLanes) most = max(within(load(score + c), c, own, -kInfinity), most);
+    if (cut)
+      for (int64_t c = begin; c < end; c += kLanes) most = max(within(load(score + c), c, own, -kInfinity), most);
+    else
+      for (int64_t c = begin; c < end; c += kLanes) most = max(load(score + c), most);
     const float here = max_lane(most), risen = here > top ? here : top;
     const float base = risen == -kInfinity ? 0.0f : risen * factor;
 
@@ -38,16 +43,23 @@ struct Softmax {
           dropout_row(args, sequence, head, row, key / kDropoutGroup + g, keep[g]);
 
     Vec sums{};
-    for (int64_t c = begin; c < end; c += kLanes) {
-      Vec e = within(exp2<kExpTerms<Element>>(fma(load(score + c), broadcast(factor), broadcast(-base))), c, own, 0);
+    auto weigh = [&](int64_t c, bool whole) {
+      Vec e = exp2<kExpTerms<Element>>(fma(load(score + c), broadcast(factor), broadcast(-base)));
+      if (!whole) e = within(e, c, own, 0);
       sums += e;
       if constexpr (kDropout) e = keep_at(e, keep[0], c);
       store(weights + c, e);
-    }
+    };
+    if (cut)
+      for (int64_t c = begin; c < end; c += kLanes) weigh(c, false);
+    else
+#pragma GCC unroll 4
+      for (int64_t c = begin; c < end; c += kLanes) weigh(c, true);
     for (int64_t c = first; c < begin; c += kLanes) store(weights + c, Vec{});
     for (int64_t c = end; c < last; c += kLanes) store(weights + c, Vec{});
 
-    const float scale = risen == top ? 1.0f : exp2<6>(broadcast((top - risen) * factor))[0];
+    // Before its first keys there is nothing to be scaled: output and total are zero.
+    const float scale = risen == top || top == -kInfinity ? 1.0f : exp2<6>(broadcast((top - risen) * factor))[0];
     total = total * scale + sum(sums);
     top = risen;
     return scale;

@@ -1,7 +1,7 @@
 // Tokens are taken in chunks, so that a chunk's logits fit in kLogitsBytes; the vocabulary in blocks, whose weights are
 // packed where the cache is. For each chunk, first all logits with the maximum and the sum of exponentials of each
-// row's panels, found while a tile is still in L2; then, block by block, logits become their gradients in place and are
-// multiplied into dx and dW.
+// row's panels, found while a tile is still in L2; then, block by block, logits become their gradients, as rows and as
+// panels, and are multiplied into dx and dW.
 //
 // What is kept of a logit is exp(z - top of its panel): as exact in bf16 as its gradient will be, whatever the size of
 // z. Capped ones are kept as z - top, which the derivative of the cap needs: those that matter most are near zero,
@@ -33,6 +33,7 @@ class Chunks {
         threads_(threads),
         used_(used),
         grads_(args.dx || args.dweight || args.dbias),
+        keeps_rows_(args.dx || args.dbias),
         capped_(args.softcap != 0),
         smooth_(args.label_smoothing != 0),
         inverse_(capped_ ? 1.0f / args.softcap : 0),
@@ -75,14 +76,16 @@ class Chunks {
     for_blocks([&](int64_t col, int64_t cols) { multiply_logits(x_rows, count, col, cols); });
     parallel_ranges(threads_, count, 16, [&](int64_t begin, int64_t end, int) { merge(first, begin, end); });
     if (!grads_) return;
-    const OperandB<Mode> x_panels(threads_, args_.dweight ? count : 0, args_.width, x);
+    const OperandA<Mode> x_columns(threads_, transposed(x), args_.dweight ? args_.width : 0, count);
     for_blocks([&](int64_t col, int64_t cols) {
-      parallel_ranges(threads_, count, 1, [&](int64_t begin, int64_t end, int) {
-        for (int64_t row = begin; row < end; ++row) differentiate(row, col, cols);
+      const OperandB<Mode> panels(args_.dweight ? count : 0, cols);
+      parallel_ranges(threads_, ceil_div(count, 2), 1, [&](int64_t begin, int64_t end, int) {
+        for (int64_t row = 2 * begin; row < 2 * end && row < count; row += 2)
+          differentiate(row, row + 1 < count, col, cols, panels);
       });
       if (args_.dbias) add_bias_gradient(first, count, col, cols);
       if (args_.dx) add_input_gradient(count, col, cols);
-      if (args_.dweight) add_weight_gradient(x_panels, first, count, col, cols);
+      if (args_.dweight) add_weight_gradient(x_columns, panels, first, col, cols);
     });
     if (args_.dx) scatter_input_gradient(first, count);
   }
@@ -157,14 +160,15 @@ class Chunks {
   void merge(int64_t first, int64_t begin, int64_t end) const {
     for (int64_t row = begin; row < end; ++row) {
       const PanelStats* of = stats(row);
-      float top = kLowest, exp_sum = 0, plain_sum = 0;
+      float top = kLowest, plain_sum = 0;
+      double exp_sum = 0;
       for (int64_t p = 0; p < panels_; ++p) top = of[p].top > top ? of[p].top : top;
       for (int64_t p = 0; p < panels_; ++p) {
         exp_sum += of[p].exp_sum * exp(broadcast(of[p].top - top))[0];
         plain_sum += of[p].plain_sum;
       }
       Token& t = token(row);
-      t.log_sum = __builtin_logf(exp_sum);
+      t.log_sum = static_cast<float>(__builtin_log(exp_sum));
       t.top = top;
       if (args_.loss == nullptr) continue;
       float loss = t.log_sum + (top - t.hit);
@@ -174,31 +178,48 @@ class Chunks {
     }
   }
 
-  // What was kept of the logits to their gradients, in place; zeros up to the next multiple of kPanel.
-  void differentiate(int64_t row, int64_t col, int64_t cols) const {
-    const Token& t = token(row);
+  // What was kept of the logits of a row and the next (if there is one) to their gradients: in place, for dx and db,
+  // and in panels, for dW. Up to the next multiple of kPanel they are zero.
+  void differentiate(int64_t row, bool has_second, int64_t col, int64_t cols, const OperandB<Mode>& panels) const {
     const float everywhere = args_.label_smoothing / static_cast<float>(args_.classes);
-    auto gradient = [&](Vec probability, Vec z, float less) {
+    auto gradient = [&](const Token& t, Vec probability, Vec z, float less) {
       const Vec g = (probability - less) * t.scale;
       return capped_ ? g * (1.0f - (z * inverse_) * (z * inverse_)) : g;
     };
-    Element* at = logits(row) + col;
+    const int rows = has_second ? 2 : 1;
     for (int64_t c = 0; c < cols; c += kPanel) {
-      const float top = stats(row)[(col + c) / kPanel].top, shift = (top - t.top) - t.log_sum;
-      const float factor = exp(broadcast(shift))[0];
+      float top[2], shift[2], factor[2];
+      for (int i = 0; i < rows; ++i) {
+        const Token& t = token(row + i);
+        top[i] = stats(row + i)[(col + c) / kPanel].top;
+        shift[i] = (top[i] - t.top) - t.log_sum;
+        factor[i] = exp(broadcast(shift[i]))[0];
+      }
 #pragma GCC unroll 4
       for (int v = 0; v < kPanelVecs; ++v) {
-        const int64_t left = cols - c - v * kLanes;
+        const int64_t at = c + v * kLanes, left = cols - at;
         const int lanes = static_cast<int>(left >= kLanes ? kLanes : left > 0 ? left : 0);
-        Element* place = at + c + v * kLanes;
-        const Vec kept = load(place);
-        store(place,
-              first_lanes(gradient(capped_ ? exp(kept + shift) : kept * factor, kept + top, everywhere), lanes, 0));
+        Vec g[2] = {};
+        for (int i = 0; i < rows; ++i) {
+          Element* place = logits(row + i) + col + at;
+          const Vec kept = load(place);
+          const Vec probability = capped_ ? exp(kept + shift[i]) : kept * factor[i];
+          g[i] = first_lanes(gradient(token(row + i), probability, kept + top[i], everywhere), lanes, 0);
+          if (keeps_rows_) store(place, g[i]);
+        }
+        if (args_.dweight && lanes > 0) store_row_pair<Mode>(panels.place(row, at), g[0], g[1], has_second);
       }
     }
-    if (const int64_t hit = t.target - col; hit >= 0 && hit < cols) {  // from the exact logit
+    for (int i = 0; i < rows; ++i) {
+      const Token& t = token(row + i);
+      const int64_t hit = t.target - col;
+      if (hit < 0 || hit >= cols) continue;
+      // From the exact logit, over what was made of its rounded one.
       const Vec probability = exp(broadcast((t.hit - t.top) - t.log_sum));
-      from_float(gradient(probability, broadcast(t.hit), everywhere + (1.0f - args_.label_smoothing))[0], at + hit);
+      const float g = gradient(t, probability, broadcast(t.hit), everywhere + (1.0f - args_.label_smoothing))[0];
+      if (keeps_rows_) from_float(g, logits(row + i) + col + hit);
+      if (args_.dweight)
+        from_float(g, reinterpret_cast<Element*>(panels.place(row, hit)) + (Mode::kPerUnit == 2 ? i : i * kPanel));
     }
   }
 
@@ -216,15 +237,15 @@ class Chunks {
     const OperandB<Mode> panels(threads_, cols, args_.width, weight(col));
     const OperandA<Mode> rows(threads_, g, count, units_of<Mode>(cols) * Mode::kPerUnit);
     const Product<Mode> product{&rows, &panels};
-    gemm<Mode>(threads_, count, &product, 1, 1, AddTile{dx_.template at<float>(0), args_.width, col == 0});
+    gemm<Mode>(threads_, count, &product, 1, 1,
+               AddTile<float>{dx_.template at<float>(0), args_.width, args_.width, col == 0});
   }
 
-  void add_weight_gradient(const OperandB<Mode>& x_panels, int64_t first, int64_t count, int64_t col,
+  void add_weight_gradient(const OperandA<Mode>& x_columns, const OperandB<Mode>& g, int64_t first, int64_t col,
                            int64_t cols) const {
-    const MatrixView<Element> g{logits(0) + col, 1, stride_};
-    const OperandA<Mode> rows(threads_, g, cols, count);
-    const Product<Mode> product{&rows, &x_panels};
-    gemm<Mode>(threads_, cols, &product, 1, 1, AddTile{args_.dweight + col * args_.width, args_.width, first == 0});
+    const Product<Mode> product{&x_columns, &g};
+    gemm<Mode>(threads_, args_.width, &product, 1, 1,
+               AddTransposed<float>{args_.dweight + col * args_.width, cols, args_.width, first == 0});
   }
 
   void scatter_input_gradient(int64_t first, int64_t count) const {
@@ -237,23 +258,10 @@ class Chunks {
     });
   }
 
-  // Epilogue that adds a tile to `out` [rows, n], or stores it there if it is the first.
-  struct AddTile {
-    float* out;
-    int64_t n;
-    bool first;
-    void operator()(const Tile& tile) const {
-      for_tile(tile, n, [&](int64_t row, int64_t col, int lanes, Vec v) {
-        float* at = out + row * n + col;
-        store_lanes(at, first ? v : v + load_lanes(at, lanes), lanes);
-      });
-    }
-  };
-
   const LinearCrossEntropyArgs& args_;
   const Threads& threads_;
   const int64_t* used_;
-  const bool grads_, capped_, smooth_;
+  const bool grads_, keeps_rows_, capped_, smooth_;
   const float inverse_;  // of the softcap
   const int64_t stride_, panels_, x_stride_, chunk_;
   const Scratch x_, logits_, stats_, tokens_, dx_, dbias_;

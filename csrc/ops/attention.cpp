@@ -127,20 +127,27 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& query, const Tensor& key,
 }
 
 // Gradients of query, key and value, and of the bias if `bias_shape` is given: four sizes, 1 where it is the same for
-// all.
+// all. `packed`: the first three as one tensor, [B, S, H + 2 H_kv, D], in place of the first (their lengths are the
+// same); that is the gradient of a projection that made all three, and needs no copy to become it.
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out, const Tensor& query, const Tensor& key,
                                                          const Tensor& value, const Tensor& out, const Tensor& stats,
                                                          const Optional& bias, const Optional& alibi_slopes,
                                                          const Optional& key_lengths, const Optional& cu_seqlens_q,
                                                          const Optional& cu_seqlens_k, const Optional& seed,
                                                          double scale, double softcap, int64_t left, int64_t right,
-                                                         double dropout, std::vector<int64_t> bias_shape) {
+                                                         double dropout, std::vector<int64_t> bias_shape, bool packed) {
   Call call(query, key, value, bias, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqlens_k, seed, scale, softcap, left,
             right, dropout);
   const Tensor grad = with_contiguous_rows(grad_out), result = with_contiguous_rows(out);
-  Tensor grad_query = empty_heads(query), grad_key = empty_heads(key), grad_value = empty_heads(value);
+  const int64_t heads = query.size(1), key_heads = key.size(1);
+  auto gradient_of = [&](const Tensor& t) { return packed ? empty({0}, t.scalar_type(), t) : empty_heads(t); };
+  Tensor grad_query =
+      packed ? empty({query.size(0), query.size(2), heads + 2 * key_heads, query.size(3)}, query.scalar_type(), query)
+             : gradient_of(query);
+  Tensor grad_key = gradient_of(key), grad_value = gradient_of(value);
   // Keys beyond a batch's length have no gradient, and nobody writes it.
   if (key_lengths) {
+    if (packed) torch::stable::zero_(grad_query);
     torch::stable::zero_(grad_key);
     torch::stable::zero_(grad_value);
   }
@@ -148,9 +155,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out,
   args.out = operand(result);
   args.stats = static_cast<RowStats*>(stats.data_ptr());
   args.grad_out = operand(grad);
-  args.grad_query = operand(grad_query);
-  args.grad_key = operand(grad_key);
-  args.grad_value = operand(grad_value);
+  if (packed) {
+    Tensor by_head = torch::stable::transpose(grad_query, 1, 2);
+    args.grad_query = operand(by_head);
+    args.grad_key = operand(torch::stable::narrow(by_head, 1, heads, key_heads));
+    args.grad_value = operand(torch::stable::narrow(by_head, 1, heads + key_heads, key_heads));
+  } else {
+    args.grad_query = operand(grad_query);
+    args.grad_key = operand(grad_key);
+    args.grad_value = operand(grad_value);
+  }
   Tensor bias_grad =
       bias_shape.empty() ? empty({0}, ScalarType::Float, query) : empty(bias_shape, ScalarType::Float, query);
   if (!bias_shape.empty()) {
@@ -177,7 +191,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_fast, m) {
   m.def(
       "attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor stats, Tensor? bias, "
       "Tensor? alibi_slopes, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, "
-      "float scale, float softcap, int left, int right, float dropout, int[] bias_shape) -> "
+      "float scale, float softcap, int left, int right, float dropout, int[] bias_shape, "
+      "bool packed) -> "
       "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)");
 }
 STABLE_TORCH_LIBRARY_IMPL(bigmodel_fast, CPU, m) {
