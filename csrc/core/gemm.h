@@ -20,6 +20,9 @@ constexpr int64_t kTileRows = 96, kFewestTileRows = 24, kTilePanels = 4;  // row
 template <class Mode>
 constexpr int64_t kSweepUnits = Mode::kPerUnit == 2 ? 512 : 256;
 
+constexpr int64_t kFewestTasks =
+    20;  // tiles for each thread: the last ones leave at most a twentieth of the time unshared
+
 BMF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 BMF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 BMF_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -142,7 +145,7 @@ void multiply_tile(const Product<Mode>* products, int product_count, int64_t row
 // One finished tile of C, as an epilogue sees it. `col` is the first column of its first panel.
 struct Tile {
   int64_t row, rows, panel, panels;
-  const float* sums;  // [rows][stride]
+  float* sums;  // [rows][stride]; the epilogue may use them up
   static constexpr int64_t stride = kTilePanels * kPanel;
 };
 
@@ -154,8 +157,8 @@ inline void gemm(const Threads& threads, int64_t m, const Product<Mode>* product
   const int64_t panel_count = products[0].b->count();
   int64_t tile_rows = kTileRows, tile_panels = kTilePanels;
   auto tasks = [&] { return ceil_div(m, tile_rows) * ceil_div(panel_count, tile_panels); };
-  while (tasks() < 4 * threads.count && tile_panels > panel_multiple) tile_panels /= 2;
-  while (tasks() < 4 * threads.count && tile_rows > kFewestTileRows) tile_rows /= 2;
+  while (tasks() < kFewestTasks * threads.count && tile_panels > panel_multiple) tile_panels /= 2;
+  while (tasks() < kFewestTasks * threads.count && tile_rows > kFewestTileRows) tile_rows /= 2;
   const int64_t row_blocks = ceil_div(m, tile_rows);
   const int64_t tile_bytes = kTileRows * Tile::stride * 4;
   const Scratch tiles(tile_bytes * threads.count);

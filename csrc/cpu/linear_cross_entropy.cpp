@@ -1,7 +1,7 @@
 // Tokens are taken in chunks, so that a chunk's logits fit in kLogitsBytes; the vocabulary in blocks, whose weights are
 // packed where the cache is. For each chunk, first all logits with the maximum and the sum of exponentials of each
-// row's panels, found while a tile is still in L2; then, block by block, logits become their gradients, as rows and as
-// panels, and are multiplied into dx and dW.
+// row's panels, found while a tile is still in L2; then, block by block, their gradients are made of them, as rows and
+// as panels that the caches hold, and multiplied into dx and dW.
 //
 // What is kept of a logit is exp(z - top of its panel): as exact in bf16 as its gradient will be, whatever the size of
 // z. Capped ones are kept as z - top, which the derivative of the cap needs: those that matter most are near zero,
@@ -16,11 +16,15 @@ namespace {
 
 constexpr int64_t kLogitsBytes = int64_t{104} << 20, kFewestTokens = 256;
 constexpr int64_t kBlockClasses = 4096;  // a multiple of kPanel
+// Rows of a block's gradients, in elements: not a power of two apart, or they would share cache sets.
+constexpr int64_t kGradientStride = kBlockClasses + 64;
+constexpr int64_t kRowsAtOnce = 32;  // differentiated together: as many pages are read at a time
 constexpr float kLowest = -3.402823466e38f;
 
-// What is known of one token's logits in one panel.
+// What is known of one token's logits in one panel, or of the panels of one tile together.
 struct PanelStats {
   float top, exp_sum, plain_sum;  // maximum, sum of exp(z - top), sum
+  float factor;                   // of exp(z - top), to make it a probability; known once the row's panels are
 };
 
 template <class Mode, class X, class W>
@@ -43,6 +47,7 @@ class Chunks {
         chunk_(chunk_tokens(used_count)),
         x_(chunk_ * x_stride_ * sizeof(Element)),
         logits_(grads_ ? chunk_ * stride_ * sizeof(Element) : 0),
+        gradients_(keeps_rows_ ? chunk_ * kGradientStride * sizeof(Element) : 0),
         stats_(chunk_ * panels_ * sizeof(PanelStats)),
         tokens_(chunk_ * sizeof(Token)),
         dx_(args.dx ? chunk_ * args.width * sizeof(float) : 0),
@@ -66,6 +71,7 @@ class Chunks {
   }
 
   Element* logits(int64_t row) const { return logits_.template at<Element>(0) + row * stride_; }
+  Element* gradients(int64_t row) const { return gradients_.template at<Element>(0) + row * kGradientStride; }
   PanelStats* stats(int64_t row) const { return stats_.template at<PanelStats>(0) + row * panels_; }
   Token& token(int64_t row) const { return tokens_.template at<Token>(0)[row]; }
 
@@ -79,9 +85,8 @@ class Chunks {
     const OperandA<Mode> x_columns(threads_, transposed(x), args_.dweight ? args_.width : 0, count);
     for_blocks([&](int64_t col, int64_t cols) {
       const OperandB<Mode> panels(args_.dweight ? count : 0, cols);
-      parallel_ranges(threads_, ceil_div(count, 2), 1, [&](int64_t begin, int64_t end, int) {
-        for (int64_t row = 2 * begin; row < 2 * end && row < count; row += 2)
-          differentiate(row, row + 1 < count, col, cols, panels);
+      parallel_tasks(threads_, ceil_div(count, kRowsAtOnce), [&](int64_t task, int) {
+        differentiate(task * kRowsAtOnce, smaller(count, (task + 1) * kRowsAtOnce), col, cols, panels);
       });
       if (args_.dbias) add_bias_gradient(first, count, col, cols);
       if (args_.dx) add_input_gradient(count, col, cols);
@@ -117,56 +122,52 @@ class Chunks {
     const OperandB<Mode> panels(threads_, args_.width, cols, transposed(weight(col)));
     const Product<Mode> product{&x_rows, &panels};
     gemm<Mode>(threads_, count, &product, 1, 1, [&](const Tile& tile) {
-      for (int64_t p = 0; p < tile.panels; ++p) {
-        const int64_t at = col + (tile.panel + p) * kPanel;
-        const int here = panels.columns(tile.panel + p);
-        for (int64_t r = 0; r < tile.rows; ++r)
-          take_panel(tile.row + r, at, here, tile.sums + r * Tile::stride + p * kPanel);
-      }
+      const int64_t at = tile.panel * kPanel, here = smaller(tile.panels * kPanel, cols - at);
+      for (int64_t r = 0; r < tile.rows; ++r)
+        take_row(tile.row + r, col + at, here, tile.panels, tile.sums + r * Tile::stride);
     });
   }
 
-  // One row of one panel of logits, `cols` of them from class `col`.
-  BMF_INLINE void take_panel(int64_t row, int64_t col, int cols, const float* sums) const {
-    Vec z[kPanelVecs], most = broadcast(kLowest);
-#pragma GCC unroll 4
-    for (int v = 0; v < kPanelVecs; ++v) {
-      const int left = cols - v * kLanes, lanes = left >= kLanes ? kLanes : left > 0 ? left : 0;
-      z[v] = load(sums + v * kLanes);
-      if (args_.bias) z[v] += load_lanes(args_.bias + col + (lanes ? v * kLanes : 0), lanes);
-      if (capped_) z[v] = soft_cap(z[v], args_.softcap, inverse_);
-      most = max(first_lanes(z[v], lanes, kLowest), most);
-    }
+  // One row of a tile of logits, `cols` of them from class `col`. All of its panels get one maximum, and the first of
+  // them the sums.
+  BMF_INLINE void take_row(int64_t row, int64_t col, int64_t cols, int64_t panels, float* z) const {
+    if (args_.bias || capped_)
+      for_lanes(cols, [&](int64_t c, int lanes) {
+        Vec v = load(z + c);
+        if (args_.bias) v += load_lanes(args_.bias + col + c, lanes);
+        store(z + c, capped_ ? soft_cap(v, args_.softcap, inverse_) : v);
+      });
+    Vec most = broadcast(kLowest);
+    for_lanes(cols, [&](int64_t c, int lanes) { most = max(first_lanes(load(z + c), lanes, kLowest), most); });
     const float top = max_lane(most);
     Vec exp_sum{}, plain_sum{};
-#pragma GCC unroll 4
-    for (int v = 0; v < kPanelVecs; ++v) {
-      const int left = cols - v * kLanes, lanes = left >= kLanes ? kLanes : left > 0 ? left : 0;
-      const Vec distance = first_lanes(z[v] - top, lanes, 0);
-      const Vec e = exp(distance);
-      if (grads_) store(logits(row) + col + v * kLanes, capped_ ? distance : e);
+    for_lanes(cols, [&](int64_t c, int lanes) {
+      const Vec distance = load(z + c) - top, e = exp(distance);
+      if (grads_) store(logits(row) + col + c, capped_ ? distance : e);
       exp_sum += first_lanes(e, lanes, 0);
-      if (smooth_) plain_sum += first_lanes(z[v], lanes, 0);
-    }
-    stats(row)[col / kPanel] = {top, sum(exp_sum), smooth_ ? sum(plain_sum) : 0};
+      if (smooth_) plain_sum += first_lanes(load(z + c), lanes, 0);
+    });
+    PanelStats* of = stats(row) + col / kPanel;
+    for (int64_t p = 0; p < panels; ++p) of[p] = {top, 0, 0, 0};
+    of->exp_sum = sum(exp_sum);
+    if (smooth_) of->plain_sum = sum(plain_sum);
     Token& t = token(row);
-    if (const int64_t hit = t.target - col; hit >= 0 && hit < cols) {
-      const Vec z_hit = broadcast(sums[hit] + (args_.bias ? args_.bias[t.target] : 0));
-      t.hit = capped_ ? soft_cap(z_hit, args_.softcap, inverse_)[0] : z_hit[0];
-    }
+    if (const int64_t hit = t.target - col; hit >= 0 && hit < cols) t.hit = z[hit];
   }
 
   // The panels of a row put together: its loss, and what its gradients need.
   void merge(int64_t first, int64_t begin, int64_t end) const {
     for (int64_t row = begin; row < end; ++row) {
-      const PanelStats* of = stats(row);
+      PanelStats* of = stats(row);
       float top = kLowest, plain_sum = 0;
       double exp_sum = 0;
       for (int64_t p = 0; p < panels_; ++p) top = of[p].top > top ? of[p].top : top;
       for (int64_t p = 0; p < panels_; ++p) {
-        exp_sum += of[p].exp_sum * exp(broadcast(of[p].top - top))[0];
+        of[p].factor = p > 0 && of[p].top == of[p - 1].top ? of[p - 1].factor : exp(broadcast(of[p].top - top))[0];
+        exp_sum += of[p].exp_sum * of[p].factor;
         plain_sum += of[p].plain_sum;
       }
+      for (int64_t p = 0; p < panels_; ++p) of[p].factor *= static_cast<float>(1 / exp_sum);
       Token& t = token(row);
       t.log_sum = static_cast<float>(__builtin_log(exp_sum));
       t.top = top;
@@ -178,54 +179,58 @@ class Chunks {
     }
   }
 
-  // What was kept of the logits of a row and the next (if there is one) to their gradients: in place, for dx and db,
-  // and in panels, for dW. Up to the next multiple of kPanel they are zero.
-  void differentiate(int64_t row, bool has_second, int64_t col, int64_t cols, const OperandB<Mode>& panels) const {
+  // What was kept of the logits of rows [first, last), the first of them even, to their gradients: in rows, for dx and
+  // db, and in panels, for dW. Up to the next multiple of kPanel they are zero. Panel by panel, so that a panel is
+  // written in runs and each row is read along.
+  void differentiate(int64_t first, int64_t last, int64_t col, int64_t cols, const OperandB<Mode>& panels) const {
     const float everywhere = args_.label_smoothing / static_cast<float>(args_.classes);
     auto gradient = [&](const Token& t, Vec probability, Vec z, float less) {
       const Vec g = (probability - less) * t.scale;
       return capped_ ? g * (1.0f - (z * inverse_) * (z * inverse_)) : g;
     };
-    const int rows = has_second ? 2 : 1;
-    for (int64_t c = 0; c < cols; c += kPanel) {
-      float top[2], shift[2], factor[2];
-      for (int i = 0; i < rows; ++i) {
-        const Token& t = token(row + i);
-        top[i] = stats(row + i)[(col + c) / kPanel].top;
-        shift[i] = (top[i] - t.top) - t.log_sum;
-        factor[i] = exp(broadcast(shift[i]))[0];
-      }
-#pragma GCC unroll 4
-      for (int v = 0; v < kPanelVecs; ++v) {
-        const int64_t at = c + v * kLanes, left = cols - at;
-        const int lanes = static_cast<int>(left >= kLanes ? kLanes : left > 0 ? left : 0);
-        Vec g[2] = {};
+    for (int64_t c = 0; c < cols; c += kPanel)
+      for (int64_t row = first; row < last; row += 2) {
+        const int rows = row + 1 < last ? 2 : 1;
+        Vec g[2][kPanelVecs] = {};
         for (int i = 0; i < rows; ++i) {
-          Element* place = logits(row + i) + col + at;
-          const Vec kept = load(place);
-          const Vec probability = capped_ ? exp(kept + shift[i]) : kept * factor[i];
-          g[i] = first_lanes(gradient(token(row + i), probability, kept + top[i], everywhere), lanes, 0);
-          if (keeps_rows_) store(place, g[i]);
+          const Token& t = token(row + i);
+          const PanelStats& of = stats(row + i)[(col + c) / kPanel];
+          const float shift = (of.top - t.top) - t.log_sum;
+          const Element* from = logits(row + i) + col + c;
+          Element* to = gradients(row + i) + c;
+#pragma GCC unroll 4
+          for (int v = 0; v < kPanelVecs; ++v) {
+            const Vec kept = load(from + v * kLanes);
+            const Vec probability = capped_ ? exp(kept + shift) : kept * of.factor;
+            const int64_t left = cols - c - v * kLanes;
+            g[i][v] = first_lanes(gradient(t, probability, kept + of.top, everywhere),
+                                  static_cast<int>(left >= kLanes ? kLanes
+                                                   : left > 0     ? left
+                                                                  : 0),
+                                  0);
+            if (keeps_rows_) store(to + v * kLanes, g[i][v]);
+          }
         }
-        if (args_.dweight && lanes > 0) store_row_pair<Mode>(panels.place(row, at), g[0], g[1], has_second);
+        if (args_.dweight)
+#pragma GCC unroll 4
+          for (int v = 0; v < kPanelVecs; ++v)
+            store_row_pair<Mode>(panels.place(row, c) + v * kLanes, g[0][v], g[1][v], rows == 2);
       }
-    }
-    for (int i = 0; i < rows; ++i) {
-      const Token& t = token(row + i);
+    for (int64_t row = first; row < last; ++row) {
+      const Token& t = token(row);
       const int64_t hit = t.target - col;
       if (hit < 0 || hit >= cols) continue;
       // From the exact logit, over what was made of its rounded one.
       const Vec probability = exp(broadcast((t.hit - t.top) - t.log_sum));
       const float g = gradient(t, probability, broadcast(t.hit), everywhere + (1.0f - args_.label_smoothing))[0];
-      if (keeps_rows_) from_float(g, logits(row + i) + col + hit);
-      if (args_.dweight)
-        from_float(g, reinterpret_cast<Element*>(panels.place(row, hit)) + (Mode::kPerUnit == 2 ? i : i * kPanel));
+      if (keeps_rows_) from_float(g, gradients(row) + hit);
+      if (args_.dweight) from_float(g, reinterpret_cast<Element*>(panels.place(row, hit)) + row % Mode::kPerUnit);
     }
   }
 
   void add_bias_gradient(int64_t first, int64_t count, int64_t col, int64_t cols) const {
     float* sums = dbias_.template at<float>(0);
-    column_sums(threads_, MatrixView<Element>{logits(0) + col, stride_, 1}, count, cols, sums);
+    column_sums(threads_, MatrixView<Element>{gradients(0), kGradientStride, 1}, count, cols, sums);
     for_lanes(cols, [&](int64_t c, int lanes) {
       const Vec before = first == 0 ? Vec{} : load_lanes(args_.dbias + col + c, lanes);
       store_lanes(args_.dbias + col + c, before + load_lanes(sums + c, lanes), lanes);
@@ -233,7 +238,7 @@ class Chunks {
   }
 
   void add_input_gradient(int64_t count, int64_t col, int64_t cols) const {
-    const MatrixView<Element> g{logits(0) + col, stride_, 1};
+    const MatrixView<Element> g{gradients(0), kGradientStride, 1};
     const OperandB<Mode> panels(threads_, cols, args_.width, weight(col));
     const OperandA<Mode> rows(threads_, g, count, units_of<Mode>(cols) * Mode::kPerUnit);
     const Product<Mode> product{&rows, &panels};
@@ -264,7 +269,7 @@ class Chunks {
   const bool grads_, keeps_rows_, capped_, smooth_;
   const float inverse_;  // of the softcap
   const int64_t stride_, panels_, x_stride_, chunk_;
-  const Scratch x_, logits_, stats_, tokens_, dx_, dbias_;
+  const Scratch x_, logits_, gradients_, stats_, tokens_, dx_, dbias_;
 };
 
 template <class T>
