@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import bigmodel_fast as bmf
 from bigmodel_fast.models import GPT, GPTConfig
+from bigmodel_fast.ops._heads import split_heads
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 baseline = pytest.importorskip("baseline_gpt")
@@ -142,3 +144,18 @@ def test_wrong_input_is_refused(model: GPT) -> None:
     for wrong in ({"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"temperature": float("nan")}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             model.generate(tokens(1, 3), 1, **wrong)
+
+
+def test_gradient_of_the_projection_is_not_copied() -> None:
+    """Attention's three gradients are one tensor, which split_heads' backward hands on; others are put together."""
+    qkv = torch.randn(2, 5, 8, 16, requires_grad=True)
+    q, k, v = split_heads(qkv, [4, 2, 2])
+    made = []
+    for t in (q, k, v):
+        t.register_hook(made.append)
+    bmf.ops.attention(q, k, v, is_causal=True, enable_gqa=True).sum().backward()
+    assert qkv.grad is not None
+    assert {g.untyped_storage().data_ptr() for g in made} == {qkv.grad.untyped_storage().data_ptr()}
+    assert torch.equal(qkv.grad, torch.cat([g.transpose(1, 2) for g in made], dim=2))
+    (apart,) = torch.autograd.grad(sum((t * i).sum() for i, t in enumerate(split_heads(qkv, [4, 2, 2]))), qkv)
+    assert torch.equal(apart, torch.tensor([0.0] * 4 + [1.0] * 2 + [2.0] * 2)[:, None].expand_as(qkv))

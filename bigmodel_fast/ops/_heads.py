@@ -33,7 +33,7 @@ def _adjacent(grads: tuple[Tensor, ...]) -> bool:
         if g.untyped_storage().data_ptr() != storage or g.stride() != strides or g.storage_offset() != end:
             return False
         end += g.shape[1] * strides[1]
-    return end - start <= strides[2]
+    return bool(end - start <= strides[2])
 
 
 def split_heads(qkv: Tensor, counts: list[int]) -> tuple[Tensor, ...]:

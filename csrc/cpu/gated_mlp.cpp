@@ -45,6 +45,17 @@ void gated_mlp_forward(const GatedMlpFwdArgs& a, const Threads& threads) {
         if (up_out) store_lanes(up_out + at, up, lanes);
         store_lanes(h + at, activate<decltype(tag)::value, sizeof(X) == 2>(gate) * up, lanes);
       };
+      if (a.m <= kFewRows) {  // as linear does: nothing is packed for a product that reads each weight once
+        const Scratch both(2 * a.m * f * sizeof(X));
+        X *gate = gate_out ? gate_out : both.at<X>(0), *up = up_out ? up_out : both.at<X>(a.m * f * sizeof(X));
+        X* none = nullptr;
+        dense_forward<Mode>(threads, x, w_gate, nullptr, Activation::none, gate, none, a.m, f, a.k);
+        dense_forward<Mode>(threads, x, w_up, nullptr, Activation::none, up, none, a.m, f, a.k);
+        for_lanes(a.m * f, [&](int64_t i, int lanes) {
+          finish(0, i, lanes, load_lanes(gate + i, lanes), load_lanes(up + i, lanes));
+        });
+        return;
+      }
       const OperandB<Mode> panels(threads, a.k, f, transposed(w_gate), transposed(w_up));
       const OperandA<Mode> rows(threads, x, a.m, a.k);
       const Product<Mode> product{&rows, &panels};
