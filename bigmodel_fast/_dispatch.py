@@ -1,12 +1,19 @@
 """Which path an operator takes, and the record of it that `explain()` shows."""
 
+import importlib.util
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-_BACKENDS = ("native", "reference")
+_BACKENDS = ("native", "triton", "reference")
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+_triton: set[str] = set()  # operators that have a Triton kernel
 _calls: Counter[tuple[str, str, str]] = Counter()
 
 
@@ -20,12 +27,24 @@ def _forced_backend() -> str | None:
 _forced = _forced_backend()
 
 
-def use_native(op: str, reason: str | None) -> bool:
-    """True if `op` runs its kernel. `reason` says why the kernel does not cover this call, or is None."""
-    if _forced == "reference":
-        reason = "BMF_BACKEND=reference"
+def have_triton(ops: Iterable[str]) -> None:
+    """These operators have a Triton kernel, if triton is installed."""
+    if importlib.util.find_spec("triton") is not None:
+        _triton.update(ops)
+
+
+def use_native(op: str, reason: str | None, t: torch.Tensor | None = None) -> bool:
+    """True if `op` runs its kernel: the C++ one, or Triton's if `t` lies on a GPU.
+
+    `reason` says why the kernel does not cover this call, or is None.
+    """
+    backend = "triton" if t is not None and t.is_cuda else "native"
+    if reason is None and backend == "triton" and op not in _triton:
+        reason = "no kernel for device cuda"
+    if _forced is not None and _forced != backend:
+        reason = f"BMF_BACKEND={_forced}"
     if not torch.compiler.is_compiling():
-        _calls[(op, "reference" if reason else "native", reason or "")] += 1
+        _calls[(op, "reference" if reason else backend, reason or "")] += 1
     return reason is None
 
 
@@ -34,9 +53,10 @@ def unsupported(*tensors: torch.Tensor | None) -> str | None:
     for t in tensors:
         if t is None:
             continue
-        if t.device.type != "cpu":
+        dtypes = _DTYPES.get(t.device.type)
+        if dtypes is None:
             return f"no kernel for device {t.device.type}"
-        if t.dtype not in (torch.float32, torch.bfloat16):
+        if t.dtype not in dtypes:
             return f"no kernel for {t.dtype}"
     return None
 

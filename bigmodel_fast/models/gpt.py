@@ -184,7 +184,7 @@ class GPT(torch.nn.Module):
         if end > self.config.context:
             raise ValueError(f"GPT: {end} tokens are more than the context of {self.config.context}")
         blocks = cast(list[Block], list(self.blocks))
-        x = self.embedding(tokens)
+        x = ops.embedding(tokens, self.embedding.weight)
         rotation = None
         if self.positions is not None:
             x = x + self.positions.weight[start:end]

@@ -1,9 +1,11 @@
 """The operators. Each file holds one: its equation, its readable reference, and the public function."""
 
 from .. import _library  # noqa: F401  (the native operators: fake kernels below are registered for them)
+from . import _triton  # noqa: F401  (and their implementations on CUDA)
 from .attention import attention
 from .attention_varlen import attention_varlen
 from .cross_entropy import cross_entropy
+from .embedding import embedding
 from .gated_mlp import gated_mlp
 from .layer_norm import layer_norm
 from .linear import linear
@@ -16,6 +18,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "cross_entropy",
+    "embedding",
     "gated_mlp",
     "layer_norm",
     "linear",

@@ -14,6 +14,7 @@ from . import _checks
 Window = int | tuple[int, int] | None
 
 _EVERYTHING = 1 << 40  # a distance no sequence reaches
+_CUDA_MOST_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # sums and operands fill the registers
 
 
 @torch.library.register_fake("bigmodel_fast::attention_fwd")
@@ -178,7 +179,10 @@ def check_options(
 def uncovered(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> str | None:
     if dropout_p == 1.0:
         return "everything is dropped"
-    return _dispatch.unsupported(query, key, value)
+    reason = _dispatch.unsupported(query, key, value)
+    if reason is None and query.is_cuda and query.shape[-1] > _CUDA_MOST_DIM[query.dtype]:
+        reason = f"no kernel for a head dimension of {query.shape[-1]}"
+    return reason
 
 
 def apply(
@@ -199,7 +203,7 @@ def apply(
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.detach().to(torch.float32).contiguous()
     # A tensor, so that a compiled graph draws a new one each time.
-    seed = torch.randint(1 << 62, (1,), dtype=torch.int64) if dropout_p > 0 else None
+    seed = torch.randint(1 << 62, (1,), dtype=torch.int64, device=query.device) if dropout_p > 0 else None
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     tensors = (query, key, value, bias, alibi_slopes, key_lengths, *cu_seqlens, seed)
     return _Attention.apply(*tensors, scale, softcap or 0.0, *sight, dropout_p)[0]

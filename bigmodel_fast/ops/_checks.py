@@ -63,18 +63,24 @@ def loss_options(op: str, label_smoothing: float, softcap: float | None, reducti
 
 def targets(op: str, target: Tensor, rows: Tensor, classes: int, ignore_index: int) -> None:
     """`target` holds one int64 for each row of `rows` [..., any]: a class in [0, classes), or ignore_index."""
-    if not isinstance(target, Tensor) or target.dtype is not torch.int64:
-        raise TypeError(f"{op}: target must be a tensor of int64 class numbers, got {describe(target)}")
-    shape(op, "target", target, tuple(rows.shape[:-1]), "(one class for each row)")
-    if target.device != rows.device:
-        raise ValueError(f"{op}: target must be on {rows.device} like the arguments before it, got {describe(target)}")
-    if target.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if isinstance(target, Tensor) and target.dtype is torch.int64:
+        shape(op, "target", target, tuple(rows.shape[:-1]), "(one class for each row)")
+    class_numbers(op, "target", target, rows, classes, ignore_index)
+
+
+def class_numbers(op: str, name: str, t: Tensor, beside: Tensor, classes: int, ignore_index: int | None = None) -> None:
+    """`t` holds int64, on the device of `beside`: classes in [0, classes), or ignore_index."""
+    if not isinstance(t, Tensor) or t.dtype is not torch.int64:
+        raise TypeError(f"{op}: {name} must be a tensor of int64 class numbers, got {describe(t)}")
+    if t.device != beside.device:
+        raise ValueError(f"{op}: {name} must be on {beside.device} like the arguments before it, got {describe(t)}")
+    if t.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return  # reading values would wait for the device or break the graph; the kernels check for themselves
-    row = torch.ops.bigmodel_fast.find_bad_target(target, classes, ignore_index)
-    if row >= 0:
-        value = target.reshape(-1)[row].item()
+    at = torch.ops.bigmodel_fast.find_bad_target(t, classes, 0 if ignore_index is None else ignore_index)
+    if at >= 0:
+        allowed = f"[0, {classes})" + (f" or ignore_index={ignore_index}" if ignore_index is not None else "")
         raise IndexError(
-            f"{op}: target must hold classes in [0, {classes}) or ignore_index={ignore_index}, got {value} at row {row}"
+            f"{op}: {name} must hold classes in {allowed}, got {t.reshape(-1)[at].item()} at position {at}"
         )
 
 

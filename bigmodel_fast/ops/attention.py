@@ -140,7 +140,7 @@ def attention(
     reason = _attention.uncovered(query, key, value, dropout_p)
     if reason is None and attn_mask is not None and attn_mask.dtype is not torch.bool:
         reason = _dispatch.unsupported(attn_mask)
-    if not _dispatch.use_native(op, reason):
+    if not _dispatch.use_native(op, reason, query):
         return reference(
             query,
             key,

@@ -81,7 +81,7 @@ def attention_varlen(
             f"got {_checks.describe(cu_seqlens_k)}"
         )
     sight = _attention.check_options(op, query, dropout_p, scale, softcap, window, is_causal, alibi_slopes, None)
-    if not _dispatch.use_native(op, _attention.uncovered(query, key, value, dropout_p)):
+    if not _dispatch.use_native(op, _attention.uncovered(query, key, value, dropout_p), query):
         return reference(
             query,
             key,

@@ -96,7 +96,7 @@ def cross_entropy(
         raise ValueError(f"cross_entropy: logits must be [..., classes], got {_checks.describe(logits)}")
     _checks.loss_options("cross_entropy", label_smoothing, softcap, reduction)
     _checks.targets("cross_entropy", target, logits, logits.shape[-1], ignore_index)
-    if not _dispatch.use_native("cross_entropy", _dispatch.unsupported(logits)):
+    if not _dispatch.use_native("cross_entropy", _dispatch.unsupported(logits), logits):
         return reference(
             logits,
             target,

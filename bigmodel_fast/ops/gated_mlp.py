@@ -100,7 +100,7 @@ def gated_mlp(
     reason = _dispatch.unsupported(x, w_gate, w_up, w_down)
     if reason is None and len({w_gate.dtype, w_up.dtype, w_down.dtype}) > 1:
         reason = "weights of different dtypes"
-    if not _dispatch.use_native("gated_mlp", reason):
+    if not _dispatch.use_native("gated_mlp", reason, x):
         return reference(x, w_gate, w_up, w_down, activation=activation)
     save = _dense.needs_grad(x, w_gate, w_up, w_down) and not recompute
     return _GatedMlp.apply(x, w_gate, w_up, w_down, activation, save)[0]

@@ -93,7 +93,10 @@ def layer_norm(
     _checks.shape("layer_norm", "weight", weight, (x.shape[-1],), "(x's last dimension)")
     _checks.shape("layer_norm", "bias", bias, (x.shape[-1],), "(x's last dimension)")
     _checks.shape("layer_norm", "residual", residual, tuple(x.shape), "(x's shape)")
-    if not _dispatch.use_native("layer_norm", _dispatch.unsupported(x, weight, bias, residual)):
+    reason = _dispatch.unsupported(x, weight, bias, residual)
+    if residual is not None and residual.dtype != x.dtype and torch.float16 in (x.dtype, residual.dtype):
+        reason = reason or "float16 with a residual of another dtype"
+    if not _dispatch.use_native("layer_norm", reason, x):
         return reference(x, weight, bias, eps=eps, residual=residual)
     dtype = _checks.autocast_dtype(x) or x.dtype
     y, s, _, _ = _LayerNorm.apply(x, weight, bias, residual, eps, dtype)

@@ -89,7 +89,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     _checks.shape("linear", "bias", bias, (weight.shape[0],), "(one per row of weight)")
     _checks.choice("linear", "activation", activation, (None, *_checks.ACTIVATIONS))
     x, weight = _dense.operands(x, weight)
-    if not _dispatch.use_native("linear", _dispatch.unsupported(x, weight, bias)):
+    if not _dispatch.use_native("linear", _dispatch.unsupported(x, weight, bias), x):
         return reference(x, weight, bias, activation=activation)
     save_pre = activation is not None and _dense.needs_grad(x, weight, bias)
     return _Linear.apply(x, weight, bias, activation or "none", save_pre)[0]

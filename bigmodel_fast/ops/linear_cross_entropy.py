@@ -87,7 +87,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # Handed out without a copy, as what autograd may keep for a parameter's .grad; a second backward through a
             # retained graph finds them taken, and makes its own.
             ctx.gradients_free = False
-            if dloss.item() != 1.0:
+            if dloss.is_cuda:  # whose value nobody here waits for
+                from ..kernels.linear_cross_entropy import scale_gradients
+
+                scale_gradients(gradients, dloss)
+            elif dloss.item() != 1.0:
                 gradients = [g.detach().mul_(dloss) for g in gradients]
         dx, dweight, dbias = gradients
         return (
@@ -142,7 +146,7 @@ def linear_cross_entropy(
     _checks.loss_options(op, label_smoothing, softcap, reduction)
     _checks.targets(op, target, x, weight.shape[0], ignore_index)
     x, weight = _dense.operands(x, weight)
-    if not _dispatch.use_native(op, _dispatch.unsupported(x, weight, bias)):
+    if not _dispatch.use_native(op, _dispatch.unsupported(x, weight, bias), x):
         return reference(
             x,
             weight,

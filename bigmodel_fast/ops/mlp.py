@@ -122,7 +122,7 @@ def mlp(
     reason = _dispatch.unsupported(x, w1, b1, w2, b2)
     if reason is None and w1.dtype != w2.dtype:
         reason = "weights of different dtypes"
-    if not _dispatch.use_native("mlp", reason):
+    if not _dispatch.use_native("mlp", reason, x):
         return reference(x, w1, b1, w2, b2, activation=activation)
     save_pre = _dense.needs_grad(x, w1, b1, w2, b2) and not recompute
     return _Mlp.apply(x, w1, b1, w2, b2, activation, save_pre)[0]

@@ -80,7 +80,10 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor |
         raise ValueError(f"rms_norm: x must be [..., width], got {_checks.describe(x)}")
     _checks.shape("rms_norm", "weight", weight, (x.shape[-1],), "(x's last dimension)")
     _checks.shape("rms_norm", "residual", residual, tuple(x.shape), "(x's shape)")
-    if not _dispatch.use_native("rms_norm", _dispatch.unsupported(x, weight, residual)):
+    reason = _dispatch.unsupported(x, weight, residual)
+    if residual is not None and residual.dtype != x.dtype and torch.float16 in (x.dtype, residual.dtype):
+        reason = reason or "float16 with a residual of another dtype"
+    if not _dispatch.use_native("rms_norm", reason, x):
         return reference(x, weight, eps=eps, residual=residual)
     y, s, _ = _RmsNorm.apply(x, weight, residual, eps, _checks.autocast_dtype(x) or x.dtype)
     return y if residual is None else (y, s)

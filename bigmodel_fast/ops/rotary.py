@@ -74,6 +74,6 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     _checks.shape("rotary", "sin", sin, tuple(cos.shape), "(cos's shape)")
     if cos.dtype != sin.dtype:
         raise TypeError(f"rotary: cos and sin must have one dtype, got {cos.dtype} and {sin.dtype}")
-    if not _dispatch.use_native("rotary", _fallback_reason(query, key, cos, sin)):
+    if not _dispatch.use_native("rotary", _fallback_reason(query, key, cos, sin), query):
         return reference(query, key, cos, sin)
     return _Rotary.apply(query, key, cos, sin, False)

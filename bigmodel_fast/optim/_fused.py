@@ -24,5 +24,10 @@ def unsupported(group: dict[str, Any], parameters: Iterable[Tensor], options: tu
     return None
 
 
+def first(groups: Iterable[tuple[dict[str, Any], list[Tensor]]]) -> Tensor | None:
+    """A parameter with a gradient, by which the device is known; None if there is none."""
+    return next((p for _, parameters in groups for p in parameters), None)
+
+
 def with_gradients(group: dict[str, Any]) -> list[Tensor]:
     return [p for p in group["params"] if p.grad is not None]

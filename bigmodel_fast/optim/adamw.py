@@ -9,9 +9,9 @@ from . import _fused
 class AdamW(torch.optim.AdamW):
     """As torch.optim.AdamW: same arguments, defaults, param groups, schedulers and state_dict, both ways.
 
-    float32 and bfloat16 parameters on CPU take the kernel (computed in float32; states in the parameter's dtype, as
-    torch keeps them). Other devices and dtypes, sparse gradients, amsgrad, capturable, differentiable or a closure
-    take torch's own step; `bmf.explain()` says so.
+    float32 and bfloat16 parameters, and float16 ones on NVIDIA GPUs, take the kernel (computed in float32; states in
+    the parameter's dtype, as torch keeps them). Other devices and dtypes, sparse gradients, amsgrad, capturable,
+    differentiable or a closure take torch's own step; `bmf.explain()` says so.
     """
 
     @torch.no_grad()
@@ -20,7 +20,7 @@ class AdamW(torch.optim.AdamW):
         groups = [(g, _fused.with_gradients(g)) for g in self.param_groups]
         reasons = (_fused.unsupported(g, p, ("amsgrad", "capturable", "differentiable")) for g, p in groups)
         reason = "a closure" if closure is not None else next((r for r in reasons if r), None)
-        if not _dispatch.use_native("AdamW", reason):
+        if not _dispatch.use_native("AdamW", reason, _fused.first(groups)):
             return super().step(closure)
         for group, parameters in groups:
             states = []

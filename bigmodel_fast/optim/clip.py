@@ -25,9 +25,17 @@ def clip_grad_norm_(
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     with_grad = [p for p in parameters if p.grad is not None]
-    if not _dispatch.use_native("clip_grad_norm_", _fused.unsupported({}, with_grad, ())):
+    reason = _fused.unsupported({}, with_grad, ())
+    first = with_grad[0] if with_grad else None
+    if first is not None and first.is_cuda and error_if_nonfinite:
+        reason = reason or "error_if_nonfinite on a GPU"
+    if not _dispatch.use_native("clip_grad_norm_", reason, first):
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=error_if_nonfinite)
     grads = [p.grad for p in with_grad]
+    if first is not None and first.is_cuda:
+        from ..kernels.optim import clip_grad_norm
+
+        return clip_grad_norm(grads, max_norm)
     norm = torch.ops.bigmodel_fast.grad_norm(grads)
     if error_if_nonfinite and not norm < float("inf"):
         raise RuntimeError(f"clip_grad_norm_: the norm of the gradients is {norm}, so they cannot be clipped")

@@ -18,7 +18,7 @@ class SGD(torch.optim.SGD):
         groups = [(g, _fused.with_gradients(g)) for g in self.param_groups]
         reasons = (_fused.unsupported(g, p, ("differentiable",)) for g, p in groups)
         reason = "a closure" if closure is not None else next((r for r in reasons if r), None)
-        if not _dispatch.use_native("SGD", reason):
+        if not _dispatch.use_native("SGD", reason, _fused.first(groups)):
             return super().step(closure)
         for group, parameters in groups:
             buffers, steps = [], []

@@ -1,0 +1,56 @@
+#include "cpu/embedding.h"
+
+#include "core/scratch.h"
+#include "core/simd.h"
+
+namespace bmf::BMF_ISA {
+
+void embedding_forward(const EmbeddingArgs& args, const Threads& threads) {
+  with_type(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    const T* weight = static_cast<const T*>(args.weight.data);
+    T* out = static_cast<T*>(args.out);
+    parallel_ranges(threads, args.tokens, row_grain(args.width), [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i)
+        __builtin_memcpy(out + i * args.width, weight + args.token[i] * args.weight.stride, args.width * sizeof(T));
+    });
+  });
+}
+
+void embedding_backward(const EmbeddingGradArgs& args, const Threads& threads) {
+  // The tokens' positions in order of their classes, each class's in ascending order: class v has [first[v], first[v +
+  // 1]).
+  const Scratch sorted((args.classes + 1 + args.tokens) * sizeof(int64_t));
+  int64_t *first = sorted.at<int64_t>(0), *position = first + args.classes + 1;
+  for (int64_t v = 0; v <= args.classes; ++v) first[v] = 0;
+  for (int64_t i = 0; i < args.tokens; ++i) ++first[args.token[i] + 1];
+  for (int64_t v = 0; v < args.classes; ++v) first[v + 1] += first[v];
+  for (int64_t i = 0; i < args.tokens; ++i) position[first[args.token[i]]++] = i;
+  for (int64_t v = args.classes; v > 0; --v) first[v] = first[v - 1];
+  first[0] = 0;
+
+  constexpr int64_t kClasses = 64, kColumns = 256;  // of one task: frequent classes are divided by columns
+  const int64_t column_blocks = (args.width + kColumns - 1) / kColumns;
+  const int64_t class_blocks = (args.classes + kClasses - 1) / kClasses;
+  with_type(args.dtype, [&](auto out_type) {
+    using W = decltype(out_type);
+    with_type(args.grad_out.dtype, [&](auto grad_type) {
+      using G = decltype(grad_type);
+      const G* grad = static_cast<const G*>(args.grad_out.data);
+      W* out = static_cast<W*>(args.grad_weight);
+      parallel_tasks(threads, class_blocks * column_blocks, [&](int64_t task, int) {
+        const int64_t from = task % column_blocks * kColumns, from_class = task / column_blocks * kClasses;
+        const int64_t columns = args.width - from < kColumns ? args.width - from : kColumns;
+        for (int64_t v = from_class; v < from_class + kClasses && v < args.classes; ++v)
+          for_lanes(columns, [&](int64_t c, int lanes) {
+            Vec total{};
+            for (int64_t i = first[v]; i < first[v + 1]; ++i)
+              total += load_lanes(grad + position[i] * args.grad_out.stride + from + c, lanes);
+            store_lanes(out + v * args.width + from + c, total, lanes);
+          });
+      });
+    });
+  });
+}
+
+}  // namespace bmf::BMF_ISA
