@@ -163,4 +163,5 @@ def test_backend_can_be_forced() -> None:
 
     assert "path='reference', reason='BMF_BACKEND=reference'" in run("reference").stdout
     assert "path='native'" in run("native").stdout
-    assert "BMF_BACKEND must be one of native, reference, not 'magic'" in run("magic").stderr
+    assert "path='reference', reason='BMF_BACKEND=triton'" in run("triton").stdout  # there is none for CPU tensors
+    assert "BMF_BACKEND must be one of native, triton, reference, not 'magic'" in run("magic").stderr

@@ -1,0 +1,99 @@
+"""Launch choices of attention: which tiles a kernel takes, by GPU, head dimension and what is done to scores.
+
+The rows are the largest tiles that ahead-of-time compilation shows to fit: into shared memory, and into registers
+without spilling any, for every feature of the interface (tests/kernels/test_ahead_of_time.py holds that). They have not
+been compared by time on a GPU.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from .launch import Target, Tiles, power_of_two
+
+# (columns at most, extras at most, tiles): the first row that fits is taken. Columns are the head dimension as padded;
+# extras count what is done to scores or weights beyond a factor and a mask by position: softcap, bias, ALiBi, dropout.
+Table = tuple[tuple[int, int, Tiles], ...]
+ANY = 5
+
+FORWARD: dict[int, Table] = {
+    80: ((128, 0, Tiles(128, 64, 8, 2)), (128, ANY, Tiles(64, 64, 8, 2)), (256, ANY, Tiles(64, 32, 8, 2))),
+    90: (
+        (128, 0, Tiles(128, 128, 8, 2)),
+        (128, ANY, Tiles(128, 64, 8, 2)),
+        (256, 0, Tiles(128, 64, 8, 2)),
+        (256, ANY, Tiles(128, 32, 8, 2)),
+    ),
+    100: (
+        (128, 0, Tiles(128, 128, 8, 2)),
+        (128, ANY, Tiles(128, 64, 8, 2)),
+        (256, 0, Tiles(128, 64, 8, 2)),
+        (256, ANY, Tiles(64, 32, 8, 1)),
+    ),
+}
+QUERY_GRADIENT: dict[int, Table] = {
+    80: ((128, ANY, Tiles(64, 64, 8, 2)), (256, ANY, Tiles(64, 32, 8, 1))),
+    90: (
+        (128, 0, Tiles(128, 64, 8, 2)),
+        (128, ANY, Tiles(64, 64, 8, 2)),
+        (256, 0, Tiles(64, 64, 8, 2)),
+        (256, ANY, Tiles(32, 32, 8, 2)),
+    ),
+    100: (
+        (128, 0, Tiles(128, 64, 8, 2)),
+        (128, ANY, Tiles(64, 64, 8, 2)),
+        (256, ANY, Tiles(32, 32, 8, 2)),
+    ),
+}
+KEY_GRADIENTS: dict[int, Table] = {
+    80: ((128, 1, Tiles(32, 64, 8, 2)), (128, ANY, Tiles(32, 32, 8, 1)), (256, ANY, Tiles(32, 32, 8, 1))),
+    90: (
+        (64, 0, Tiles(64, 128, 8, 2)),
+        (64, 1, Tiles(32, 128, 8, 2)),
+        (128, 0, Tiles(32, 128, 8, 2)),
+        (128, 1, Tiles(32, 64, 8, 2)),
+        (128, ANY, Tiles(32, 32, 8, 1)),
+        (256, ANY, Tiles(32, 32, 8, 2)),
+    ),
+    100: (
+        (64, 0, Tiles(32, 128, 8, 2)),
+        (128, ANY, Tiles(32, 32, 4, 1)),
+        (256, ANY, Tiles(32, 32, 8, 2)),
+    ),
+}
+BIAS_GRADIENT: dict[int, Table] = {
+    80: ((128, ANY, Tiles(32, 32, 8, 1)), (256, ANY, Tiles(16, 32, 4, 1))),
+    90: ((256, ANY, Tiles(64, 32, 8, 1)),),
+    100: ((128, ANY, Tiles(64, 32, 8, 1)), (256, ANY, Tiles(16, 32, 4, 1))),
+}
+FLOAT32: dict[str, Tiles] = {
+    "forward": Tiles(32, 32, 8, 1, "tf32x3"),
+    "query_gradient": Tiles(16, 32, 4, 1, "tf32x3"),
+    "key_gradients": Tiles(16, 32, 4, 1),
+    "bias_gradient": Tiles(32, 32, 8, 1),
+}
+TABLES = {
+    "forward": FORWARD,
+    "query_gradient": QUERY_GRADIENT,
+    "key_gradients": KEY_GRADIENTS,
+    "bias_gradient": BIAS_GRADIENT,
+}
+
+
+def columns_of(dim: int) -> int:
+    """A head dimension as tl.dot takes it."""
+    return max(16, power_of_two(dim))
+
+
+def choose(kernel: str, target: Target, dtype: torch.dtype, dim: int, extras: int, queries: int) -> Tiles:
+    """The tiles of one of the four kernels; fewer queries than a tile has take the smallest tile that holds them."""
+    columns = columns_of(dim)
+    if dtype is torch.float32:
+        tiles = FLOAT32[kernel]
+    else:
+        table = TABLES[kernel][100 if target.capability >= 100 else 90 if target.capability >= 90 else 80]
+        tiles = next(t for most_columns, most_extras, t in table if columns <= most_columns and extras <= most_extras)
+    rows = max(16, power_of_two(queries))
+    if rows >= tiles.queries:
+        return tiles
+    return replace(tiles, queries=rows, warps=tiles.warps if kernel == "key_gradients" else min(4, tiles.warps))

@@ -1,0 +1,19 @@
+"""linear on NVIDIA GPUs: y = act(x W^T + b). The products are cuBLAS's; what lies between them is in `_dense.py`."""
+
+from torch import Tensor
+
+from . import _dense
+
+
+def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_pre: bool):
+    pre = _dense.matmul(x, weight, bias)
+    y = _dense.activate(pre, activation, keep=save_pre)
+    return y, pre if save_pre else x.new_empty(0, weight.shape[0])
+
+
+def linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor, activation: str, wants: list[bool]):
+    g, _, dbias = _dense.activation_backward(dy, pre, activation, out=None, want_bias=wants[2], want_hidden=False)
+    return _dense.input_gradient(g, weight, wants[0]), _dense.weight_gradient(g, x, weight, wants[1]), dbias
+
+
+OPERATORS = {"linear_fwd": linear_fwd, "linear_bwd": linear_bwd}

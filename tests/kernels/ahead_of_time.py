@@ -1,0 +1,130 @@
+"""Compiles what the launchers would start, for a GPU that is not there.
+
+Tensors without memory ("meta" tensors) go through a launcher; a recorder in the place of `launch.run` writes down each
+kernel with the types, constants, warps and stages that it would have had. Nothing in a launcher may read a tensor's
+values, which such tensors do not have: so this also shows that no launcher waits for the device.
+"""
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from bigmodel_fast.kernels import launch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+ALIGNED = [["tt.divisibility", 16]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled form of a kernel: what Triton would have specialised it to at its first launch."""
+
+    kernel: triton.JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    aligned: tuple[int, ...]  # positions of arguments that are divisible by 16
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        types = "-".join(dict.fromkeys(t for _, t in self.signature if t.startswith("*")))
+        named = [f"{k}={v}" for k, v in self.constants if k.isupper()]
+        return ":".join([self.kernel.__name__, types, *named, f"warps={self.warps}", f"stages={self.stages}"])
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of a compiled kernel: registers of a thread, shared memory of a program and spilled bytes of a thread."""
+
+    registers: int
+    shared: int
+    spilled: int
+
+
+def specialise(value: object) -> tuple[str, bool]:
+    """The type of an argument as Triton names it, and whether it is known to be divisible by 16."""
+    if isinstance(value, Tensor):
+        return f"*{TYPES[value.dtype]}", True
+    if isinstance(value, bool):
+        return "i1", False
+    if isinstance(value, int):
+        if value == 1:
+            return "constexpr", False
+        return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+    assert isinstance(value, float)
+    return "fp32", False
+
+
+@contextlib.contextmanager
+def recorded(target: launch.Target) -> Iterator[list[Variant]]:
+    """Collects the variants that launchers ask for within it, each once."""
+    variants: dict[Variant, None] = {}
+
+    def record(kernel, grid, arguments, constants, warps, stages=1) -> None:
+        if 0 in grid:
+            return
+        assert all(n < 2**31 for n in grid[:1]), f"{kernel.__name__}: grid {grid}"
+        assert all(n < 2**16 for n in grid[1:]), f"{kernel.__name__}: grid {grid}"
+        names = kernel.arg_names
+        assert len(names) == len(arguments) + len(constants)
+        signature, fixed, aligned = [], dict(constants), []
+        for i, (name, value) in enumerate(zip(names, arguments, strict=False)):
+            kind, by_16 = specialise(value)
+            signature.append((name, kind))
+            if kind == "constexpr":
+                fixed[name] = value
+            elif by_16:
+                aligned.append(i)
+        signature += [(name, "constexpr") for name in constants]
+        key = Variant(kernel, tuple(signature), tuple(sorted(fixed.items())), tuple(aligned), warps, stages)
+        variants[key] = None
+
+    collected: list[Variant] = []
+    with pytest.MonkeyPatch.context() as patch, launch.assume(target):
+        patch.setattr(launch, "run", record)
+        yield collected
+    collected += variants
+
+
+def variants_of(call: Callable[[], object], target: launch.Target) -> list[Variant]:
+    with recorded(target) as variants:
+        call()
+    return variants
+
+
+def compile_for(variant: Variant, capability: int) -> Resources:
+    """Down to machine code, by the ptxas that Triton brings."""
+    source = ASTSource(
+        variant.kernel,
+        dict(variant.signature),
+        constexprs=dict(variant.constants),
+        attrs={(i,): ALIGNED for i in variant.aligned},
+    )
+    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+    found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return Resources(found["REG"], compiled.metadata.shared, found["STACK"] + found["LOCAL"])

@@ -1,0 +1,174 @@
+"""Calls of the launchers with training's shapes, on tensors without memory, so that every launch choice comes up."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from bigmodel_fast.kernels import (
+    attention,
+    cross_entropy,
+    gated_mlp,
+    layer_norm,
+    linear,
+    linear_cross_entropy,
+    mlp,
+    optim,
+    rms_norm,
+    rotary,
+)
+from torch import Tensor
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+Case = tuple[str, Callable[[], object]]
+
+
+def meta(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def norms(dtype: torch.dtype) -> Iterator[Case]:
+    for width in (100, 768, 4096, 16384, 20000):
+        x, w, stats = meta(8192, width, dtype=dtype), meta(width), meta(8192)
+        yield f"rms_norm-{width}", partial(rms_norm.rms_norm_fwd, x, w, x, 1e-6, dtype)
+        yield f"rms_norm-backward-{width}", partial(rms_norm.rms_norm_bwd, x, x, x, w, stats, False)
+        yield f"layer_norm-{width}", partial(layer_norm.layer_norm_fwd, x, w, w, None, 1e-5, dtype)
+        yield f"layer_norm-backward-{width}", partial(layer_norm.layer_norm_bwd, x, None, x, w, stats, stats, False)
+    wide = meta(8192, 768)
+    y, w, stats = meta(8192, 768, dtype=dtype), meta(768), meta(8192)
+    yield "rms_norm-narrow", partial(rms_norm.rms_norm_bwd, y, wide, wide, w, stats, True)
+
+
+def rotations(dtype: torch.dtype) -> Iterator[Case]:
+    for heads, dim in ((32, 128), (12, 64), (3, 96)):
+        q, k = meta(4, 2048, heads, dim, dtype=dtype).transpose(1, 2), meta(4, heads, 2048, dim, dtype=dtype)
+        for inverse in (False, True):
+            yield f"rotary-{heads}x{dim}", partial(rotary.rotary_fwd, q, k, meta(2048, dim), meta(2048, dim), inverse)
+
+
+def dense(dtype: torch.dtype) -> Iterator[Case]:
+    x, pre, w, b = meta(8192, 768, dtype=dtype), meta(8192, 3072, dtype=dtype), meta(3072, 768, dtype=dtype), meta(3072)
+    down = meta(768, 3072, dtype=dtype)
+    for kind in ("relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "relu2"):
+        yield f"linear-{kind}", partial(linear.linear_fwd, x, w, b, kind, True)
+        yield f"mlp-backward-{kind}", partial(mlp.mlp_bwd, x, x, w, down, pre, kind, [True] * 5)
+        yield f"linear-backward-{kind}", partial(linear.linear_bwd, pre, x, w, pre, kind, [True] * 3)
+        yield f"gated_mlp-{kind}", partial(gated_mlp.gated_mlp_fwd, x, w, w, down, kind, True)
+        yield (
+            f"gated_mlp-backward-{kind}",
+            partial(gated_mlp.gated_mlp_bwd, x, x, w, w, down, pre, pre, kind, [True] * 4),
+        )
+
+
+def losses(dtype: torch.dtype) -> Iterator[Case]:
+    target, none = meta(4096, dtype=torch.int64), [False] * 3
+    for classes, smoothing, softcap in ((50304, 0.0, 0.0), (128256, 0.1, 30.0), (10, 0.1, 0.0), (1000, 0.0, 30.0)):
+        logits, options = meta(4096, classes, dtype=dtype), (-100, smoothing, softcap, "mean")
+        yield f"cross_entropy-{classes}", partial(cross_entropy.cross_entropy_fwd, logits, target, *options)
+        backward = partial(cross_entropy.cross_entropy_bwd, meta(), logits, target, meta(4096, 2), *options)
+        yield f"cross_entropy-backward-{classes}", backward
+        x, w, b = meta(4096, 768, dtype=dtype), meta(classes, 768, dtype=dtype), meta(classes)
+        fused = partial(linear_cross_entropy.linear_cross_entropy_fwd, x, w, b, target, *options)
+        yield f"linear_cross_entropy-{classes}", partial(fused, [True] * 3)
+        yield f"linear_cross_entropy-forward-{classes}", partial(fused, none)
+    each = partial(linear_cross_entropy.linear_cross_entropy_bwd, meta(4096), x, w, None, target)
+    yield "linear_cross_entropy-none", partial(each, -100, 0.0, 0.0, "none", [True, True, False])
+    yield "scale", partial(linear_cross_entropy.scale_gradients, [x, w], meta())
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A call of attention; tensors are named by what they add to the plain call."""
+
+    name: str
+    dim: int = 128
+    queries: int = 4096
+    keys: int = 4096
+    key_heads: int = 8
+    causal: bool = False
+    window: int | None = None
+    softcap: float = 0.0
+    alibi: bool = False
+    bias: tuple[int, int, int, int] | None = None
+    mask: bool = False
+    lengths: bool = False
+    packed: bool = False
+    dropout: float = 0.0
+
+    def calls(self, dtype: torch.dtype) -> Iterator[Case]:
+        batch, heads, everything = 4, 32, 1 << 40
+        q = meta(batch, self.queries, heads, self.dim, dtype=dtype).transpose(1, 2)
+        k = v = meta(batch, self.keys, self.key_heads, self.dim, dtype=dtype).transpose(1, 2)
+        boundaries = None
+        if self.packed:
+            q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+            boundaries = meta(9, dtype=torch.int32)
+        bias = None if self.bias is None else meta(*self.bias, dtype=dtype)
+        if self.mask:
+            bias = meta(batch, 1, 1, self.keys, dtype=torch.bool)
+        expanded = None if bias is None else bias.expand(batch, heads, self.queries, self.keys)
+        options = (
+            expanded,
+            meta(heads) if self.alibi else None,
+            meta(batch, dtype=torch.int64) if self.lengths else None,
+            boundaries,
+            boundaries,
+            meta(1, dtype=torch.int64) if self.dropout else None,
+            self.dim**-0.5,
+            self.softcap,
+            everything if self.window is None else self.window,
+            0 if self.causal else everything if self.window is None else self.window,
+            self.dropout,
+        )
+        stats = meta(heads, q.shape[0], 2) if self.packed else meta(batch, heads, self.queries, 2)
+        yield f"attention-{self.name}", partial(attention.attention_fwd, q, k, v, *options)
+        shape = list(self.bias) if self.bias is not None else []
+        joined = not self.packed and self.queries == self.keys
+        backward = partial(attention.attention_bwd, q, q, k, v, q, stats, *options, shape, joined)
+        yield f"attention-backward-{self.name}", backward
+
+
+EVERY_DIM = tuple(Attention(f"dim-{dim}", dim=dim, causal=True) for dim in (16, 32, 64, 80, 96, 112, 128, 192, 256))
+FEATURES = (
+    Attention("full"),
+    Attention("window", window=512),
+    Attention("causal-window", window=512, causal=True),
+    Attention("softcap", softcap=30.0, causal=True),
+    Attention("alibi", alibi=True, causal=True),
+    Attention("bias", bias=(1, 32, 4096, 4096)),
+    Attention("row-bias", bias=(4, 1, 1, 4096), softcap=30.0),
+    Attention("mask", mask=True),
+    Attention("lengths", lengths=True, causal=True),
+    Attention("packed", packed=True, causal=True),
+    Attention("dropout", dropout=0.1, causal=True),
+    Attention("dropout-64", dropout=0.1, dim=64),
+    Attention("everything", window=512, softcap=30.0, alibi=True, mask=True, lengths=True, dropout=0.1, causal=True),
+    Attention("everything-256", dim=256, bias=(1, 32, 4096, 4096), softcap=30.0, alibi=True, dropout=0.1, causal=True),
+    Attention("one-query", queries=1),
+    Attention("one-query-dropout", queries=1, keys=1, dropout=0.1, key_heads=32),
+    Attention("few-queries", queries=50, causal=True, packed=True),
+)
+
+
+def attentions(dtype: torch.dtype) -> Iterator[Case]:
+    for call in (*EVERY_DIM, *FEATURES):
+        # Wider heads in float32 take the reference; a single key in it spills a little, and is no case to tune for.
+        if dtype is not F32 or (call.dim <= 128 and call.keys > 1):
+            yield from call.calls(dtype)
+
+
+def optimizer(dtype: torch.dtype) -> Iterator[Case]:
+    sizes = (50304 * 768, 768, 3, 0)
+    params, grads = ([meta(n, dtype=t) for n in sizes] for t in (F32, dtype))
+    yield "adamw", partial(optim.adamw_, params, grads, params, params, [1] * 4, 1e-3, 0.9, 0.95, 1e-8, 0.1, False)
+    yield "clip", partial(optim.clip_grad_norm, grads, 1.0)
+
+
+GROUPS: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
+    "norms": norms,
+    "rotary": rotations,
+    "dense": dense,
+    "losses": losses,
+    "optimizer": optimizer,
+    "attention": attentions,
+}

@@ -1,0 +1,149 @@
+"""Run by test_interpreter.py under TRITON_INTERPRET=1: what no sample of an operator reaches. Launchers are called as
+they are, on CPU tensors, and compared with the C++ kernels of the same operator.
+"""
+
+import os
+from collections.abc import Sequence
+
+import numerics
+import pytest
+import torch
+from bigmodel_fast.kernels import attention, cross_entropy, launch, layer_norm, linear_cross_entropy, optim, rms_norm
+from torch import Tensor
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_interpreter.py"
+
+native = torch.ops.bigmodel_fast
+generator = torch.Generator().manual_seed(0)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator)
+
+
+def assert_as_native(actual: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.dtype == e.dtype, f"{what} {i}"
+        error, ulp = numerics.max_error(a, e.double()), torch.finfo(torch.float32).eps * numerics.largest(e)
+        assert error <= 2 * numerics.BACKWARD * numerics.ULPS * ulp, f"{what} {i}: {error}"  # both have errors
+
+
+@pytest.mark.parametrize("keys", [32, 64, 128])
+def test_dropout_makes_the_choices_of_the_cpu(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the tiles are: forward, and all gradients, the bias's included."""
+    monkeypatch.setattr(attention, "choose", lambda *_: launch.Tiles(16, keys, 4, 1))
+    q, k, v, bias = normal(2, 2, 40, 16), normal(2, 1, 300, 16), normal(2, 1, 300, 16), normal(1, 2, 40, 300)
+    options = (None, None, None, None, torch.tensor([987654321987654]), 0.25, 0.0, 1 << 40, 0, 0.3)
+    expanded = bias.expand(2, 2, 40, 300)
+    out, stats = native.attention_fwd(q, k, v, expanded, *options)
+    ours, our_stats = attention.attention_fwd(q, k, v, expanded, *options)
+    assert_as_native([ours], [out], "out")
+    backward = (*options, [1, 2, 40, 300], False)
+    expected = native.attention_bwd(q, q, k, v, out, stats, expanded, *backward)
+    made = attention.attention_bwd(q, q, k, v, ours, our_stats, expanded, *backward)
+    assert_as_native(made, expected, "gradient")
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 40, 70), (2, 1, 1, 70), (1, 3, 40, 1), (1, 1, 1, 70), (2, 3, 1, 1)], ids=str)
+def test_bias_gradients_are_summed_to_its_shape(shape: tuple[int, ...]) -> None:
+    q, k, v, bias = normal(2, 3, 40, 8), normal(2, 3, 70, 8), normal(2, 3, 70, 8), normal(*shape)
+    expanded = bias.expand(2, 3, 40, 70)
+    options = (None, None, None, None, None, 0.3, 2.0, 1 << 40, 1 << 40, 0.0)
+    out, stats = native.attention_fwd(q, k, v, expanded, *options)
+    ours, our_stats = attention.attention_fwd(q, k, v, expanded, *options)
+    expected = native.attention_bwd(q, q, k, v, out, stats, expanded, *options, list(shape), False)
+    made = attention.attention_bwd(q, q, k, v, ours, our_stats, expanded, *options, list(shape), False)
+    scale = numerics.largest(expected[0])  # of a bias that is the same for all keys the gradient vanishes
+    assert numerics.max_error(made[3], expected[3].double()) <= 1000 * torch.finfo(torch.float32).eps * scale
+
+
+def test_gradients_side_by_side() -> None:
+    q, k = normal(2, 4, 20, 8), normal(2, 2, 20, 8)
+    options = (None, None, None, None, None, None, 0.3, 0.0, 1 << 40, 0, 0.0)
+    out, stats = attention.attention_fwd(q, k, k, *options)
+    apart = attention.attention_bwd(q, q, k, k, out, stats, *options, [], False)
+    joined, *_ = attention.attention_bwd(q, q, k, k, out, stats, *options, [], True)
+    assert torch.equal(joined, torch.cat([t.transpose(1, 2) for t in apart[:3]], dim=2))
+
+
+@pytest.mark.parametrize("width", [4097, 17000])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_norms_of_wide_rows(width: int, mixed: bool) -> None:
+    x, w, b, residual = normal(5, width), normal(width), normal(width), normal(5, width)
+    if mixed:
+        x = x.bfloat16()
+    forward = (x, w, residual, 1e-6, torch.float32)
+    y, s, rstd = native.rms_norm_fwd(*forward)
+    assert_as_native(rms_norm.rms_norm_fwd(*forward), (y, s, rstd), "rms_norm")
+    backward = (y, y, s, w, rstd, False)
+    with launch.assume(launch.Target(90, 1)):  # two programs, of several rows each
+        assert_as_native(rms_norm.rms_norm_bwd(*backward), native.rms_norm_bwd(*backward), "rms_norm gradient")
+    forward = (x, w, b, residual, 1e-5, torch.float32)
+    y, s, mean, rstd = native.layer_norm_fwd(*forward)
+    assert_as_native(layer_norm.layer_norm_fwd(*forward)[:2], (y, s), "layer_norm")
+    backward = (y, None, s, w, mean, rstd, False)
+    with launch.assume(launch.Target(90, 1)):
+        assert_as_native(layer_norm.layer_norm_bwd(*backward), native.layer_norm_bwd(*backward), "layer_norm gradient")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_loss_by_several_chunks(reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_cross_entropy, "LOGITS_BYTES", (33 * 4 * 4, 33 * 4 * 4))
+    assert linear_cross_entropy.chunk_tokens(33, 17, 4) == 4
+    x, w, b = normal(10, 17), normal(33, 17), normal(33)
+    target = torch.randint(33, (10,), generator=generator)
+    target[3] = -100
+    call = (x, w, b, target, -100, 0.1, 5.0, reduction)
+    wants = [reduction != "none"] * 3
+    made = linear_cross_entropy.linear_cross_entropy_fwd(*call, wants)
+    assert_as_native(made, native.linear_cross_entropy_fwd(*call, wants), "loss and gradients")
+    backward = (normal(10) if reduction == "none" else torch.tensor(0.7), *call, [True, True, False])
+    made = linear_cross_entropy.linear_cross_entropy_bwd(*backward)
+    assert_as_native(made, native.linear_cross_entropy_bwd(*backward), "gradients")
+
+
+def test_softcap_far_above_the_logits() -> None:
+    """Where tanh is nearly its argument, which must keep its digits."""
+    call = (normal(4, 50), torch.arange(4), -100, 0.0, 1000.0, "none")
+    assert_as_native(cross_entropy.cross_entropy_fwd(*call)[:1], native.cross_entropy_fwd(*call)[:1], "loss")
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_scaling_gradients_that_are_made(factor: float) -> None:
+    gradients = [normal(7, 11), normal(5000)]
+    expected = [g * factor for g in gradients]
+    linear_cross_entropy.scale_gradients(gradients, torch.tensor(factor))
+    assert all(torch.equal(a, e) for a, e in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_adamw(maximize: bool) -> None:
+    """Tensors of several sizes and two dtypes, one of them behind an unaligned address, at two different steps."""
+    sizes = (1, 3, 2048, 5000, 0, 2049)
+
+    def tensors(scale: float = 1.0) -> list[Tensor]:
+        made = [normal(n + 1)[1:] * scale for n in sizes]
+        return [t.bfloat16() if i == 3 else t for i, t in enumerate(made)]
+
+    params, grads, m, v = tensors(), tensors(), tensors(0.1), [t.square() for t in tensors(0.1)]
+    steps = [3, 3, 3, 3, 3, 7]
+    numbers = (1e-2, 0.9, 0.99, 1e-8, 0.1, maximize)
+    ours, theirs = ([[t.clone() for t in ts] for ts in (params, grads, m, v)] for _ in range(2))
+    optim.adamw_(*ours, steps, *numbers)
+    native.adamw_(*theirs, steps, *numbers)
+    for i in (0, 2, 3):
+        for a, e in zip(ours[i], theirs[i], strict=True):
+            limit = numerics.ULPS * torch.finfo(a.dtype).eps * numerics.largest(e)
+            assert numerics.max_error(a, e.double()) <= limit
+
+
+@pytest.mark.parametrize("most", [0.5, 1e9])
+def test_clipping(most: float) -> None:
+    grads = [normal(5), normal(3000), normal(7).bfloat16()]
+    clipped = [g.clone() for g in grads]
+    norm = optim.clip_grad_norm(clipped, most)
+    expected = native.grad_norm(grads)
+    assert norm.dtype is torch.float32
+    torch.testing.assert_close(norm.item(), expected)
+    for before, after in zip(grads, clipped, strict=True):
+        torch.testing.assert_close(after, before * min(1.0, most / expected))

@@ -1,0 +1,64 @@
+"""How CUDA tensors find the Triton kernels, as far as fake tensors show it, which only say that they lie on a GPU."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from compare import as_tuple
+from specs import all_specs, case_id
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import bigmodel_fast as bmf
+from bigmodel_fast.ops import _triton
+
+HAVE_TRITON = importlib.util.find_spec("triton") is not None
+each_spec = pytest.mark.parametrize("spec", all_specs(), ids=case_id)
+
+
+def on_a_gpu(spec, dtype: torch.dtype, mode: FakeTensorMode) -> dict[str, torch.Tensor]:
+    tensors = spec.samples[1].tensors(dtype)
+    with mode:
+        return {n: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") for n, t in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=case_id)
+@each_spec
+def test_path_on_a_gpu(spec, dtype: torch.dtype) -> None:
+    if spec.name == "attention_varlen":
+        pytest.skip("its reference reads lengths, which fake tensors do not have")
+    covered = HAVE_TRITON and dtype is not torch.float64 and spec.name in _triton.PUBLIC
+    bmf.explain(reset=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    tensors = on_a_gpu(spec, dtype, mode)
+    with mode:
+        outputs = as_tuple(spec.op(**tensors, **spec.samples[1].options))
+    assert all(t.device.type == "cuda" for t in outputs)
+    assert {call.path for call in bmf.explain(reset=True).calls} == {"triton" if covered else "reference"}
+
+
+@pytest.mark.parametrize(("stem", "names"), _triton.LAUNCHERS.items())
+def test_every_launcher_is_registered(stem: str, names: tuple[str, ...]) -> None:
+    pytest.importorskip("triton")
+    assert tuple(importlib.import_module(f"bigmodel_fast.kernels.{stem}").OPERATORS) == names
+    for name in names:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bigmodel_fast::{name}", "CUDA")
+
+
+def test_triton_is_not_imported_with_the_package() -> None:
+    code = "import sys, torch; m = sys.modules; b = 'triton' in m; import bigmodel_fast; print(b, 'triton' in m)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = run.stdout.split()
+    assert before == after
+
+
+def test_wide_heads_take_the_reference_on_a_gpu() -> None:
+    pytest.importorskip("triton")
+    bmf.explain(reset=True)
+    for dtype, dim in ((torch.float32, 136), (torch.bfloat16, 264)):
+        with FakeTensorMode():
+            q = torch.empty(1, 2, 8, dim, dtype=dtype, device="cuda")
+            bmf.ops.attention(q, q, q)
+    reasons = {call.reason for call in bmf.explain(reset=True).calls}
+    assert reasons == {"no kernel for a head dimension of 136", "no kernel for a head dimension of 264"}
