@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,11 +56,16 @@ def prepare(
     ready = folder / digest
     if not ready.exists():
         texts = [p.read_text(encoding="utf-8", errors="replace") for p in documents]
-        unfinished = folder / f"{digest}.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        _write(unfinished, *_split(texts, validation_share), tokenizer, vocab_size, progress)
-        unfinished.rename(ready)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder) as own:
+            made = Path(own) / digest
+            made.mkdir()
+            _write(made, *_split(texts, validation_share), tokenizer, vocab_size, progress)
+            try:
+                made.rename(ready)
+            except OSError:  # another run of the same corpus was first
+                if not ready.exists():
+                    raise
     kept = Tokenizer.load(ready / "tokenizer.json")
     return TokenFiles(kept, *(np.load(ready / f"{split}.npy", mmap_mode="r") for split in ("train", "validation")))
 

@@ -282,7 +282,8 @@ class GPT(torch.nn.Module):
             if cache is None or cache.length == context:
                 if cache is not None:
                     seen = seen[:, -(context // 2 or 1) :]
-                dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+                device = tokens.device.type
+                dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
                 cache, new = self.new_cache(len(tokens), dtype), seen
             logits = ops.linear(self.hidden(new, cache)[:, -1], self.embedding.weight)
             new = _sample(logits.float(), temperature, top_k, top_p, generator)

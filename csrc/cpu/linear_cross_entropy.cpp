@@ -16,9 +16,7 @@ namespace {
 
 constexpr int64_t kLogitsBytes = int64_t{104} << 20, kFewestTokens = 256;
 constexpr int64_t kBlockClasses = 4096;  // a multiple of kPanel
-// Rows of a block's gradients, in elements: not a power of two apart, or they would share cache sets.
-constexpr int64_t kGradientStride = kBlockClasses + 64;
-constexpr int64_t kRowsAtOnce = 32;  // differentiated together: as many pages are read at a time
+constexpr int64_t kRowsAtOnce = 32;      // differentiated together: as many pages are read at a time
 constexpr float kLowest = -3.402823466e38f;
 
 // What is known of one token's logits in one panel, or of the panels of one tile together.
@@ -45,9 +43,10 @@ class Chunks {
         panels_(stride_ / kPanel),
         x_stride_(units_of<Mode>(args.width) * Mode::kPerUnit),
         chunk_(chunk_tokens(used_count)),
+        gradient_stride_(smaller(stride_, kBlockClasses) + 64),
         x_(chunk_ * x_stride_ * sizeof(Element)),
         logits_(grads_ ? chunk_ * stride_ * sizeof(Element) : 0),
-        gradients_(keeps_rows_ ? chunk_ * kGradientStride * sizeof(Element) : 0),
+        gradients_(keeps_rows_ ? chunk_ * gradient_stride_ * sizeof(Element) : 0),
         stats_(chunk_ * panels_ * sizeof(PanelStats)),
         tokens_(chunk_ * sizeof(Token)),
         dx_(args.dx ? chunk_ * args.width * sizeof(float) : 0),
@@ -71,7 +70,7 @@ class Chunks {
   }
 
   Element* logits(int64_t row) const { return logits_.template at<Element>(0) + row * stride_; }
-  Element* gradients(int64_t row) const { return gradients_.template at<Element>(0) + row * kGradientStride; }
+  Element* gradients(int64_t row) const { return gradients_.template at<Element>(0) + row * gradient_stride_; }
   PanelStats* stats(int64_t row) const { return stats_.template at<PanelStats>(0) + row * panels_; }
   Token& token(int64_t row) const { return tokens_.template at<Token>(0)[row]; }
 
@@ -230,7 +229,7 @@ class Chunks {
 
   void add_bias_gradient(int64_t first, int64_t count, int64_t col, int64_t cols) const {
     float* sums = dbias_.template at<float>(0);
-    column_sums(threads_, MatrixView<Element>{gradients(0), kGradientStride, 1}, count, cols, sums);
+    column_sums(threads_, MatrixView<Element>{gradients(0), gradient_stride_, 1}, count, cols, sums);
     for_lanes(cols, [&](int64_t c, int lanes) {
       const Vec before = first == 0 ? Vec{} : load_lanes(args_.dbias + col + c, lanes);
       store_lanes(args_.dbias + col + c, before + load_lanes(sums + c, lanes), lanes);
@@ -238,7 +237,7 @@ class Chunks {
   }
 
   void add_input_gradient(int64_t count, int64_t col, int64_t cols) const {
-    const MatrixView<Element> g{gradients(0), kGradientStride, 1};
+    const MatrixView<Element> g{gradients(0), gradient_stride_, 1};
     const OperandB<Mode> panels(threads_, cols, args_.width, weight(col));
     const OperandA<Mode> rows(threads_, g, count, units_of<Mode>(cols) * Mode::kPerUnit);
     const Product<Mode> product{&rows, &panels};
@@ -269,6 +268,7 @@ class Chunks {
   const bool grads_, keeps_rows_, capped_, smooth_;
   const float inverse_;  // of the softcap
   const int64_t stride_, panels_, x_stride_, chunk_;
+  const int64_t gradient_stride_;  // of a block's rows: not a power of two, or they would share cache sets
   const Scratch x_, logits_, gradients_, stats_, tokens_, dx_, dbias_;
 };
 
