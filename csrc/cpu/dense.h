@@ -87,6 +87,13 @@ inline void dense_forward(const Threads& threads, const MatrixView<X>& x, const 
   });
 }
 
+// y = x W^T + b. Not dense_forward with Activation::none, which would compile the product once for each activation.
+template <class Mode, class X, class W>
+inline void dense_affine(const Threads& threads, const MatrixView<X>& x, const MatrixView<W>& w, const float* bias,
+                         X* y, int64_t m, int64_t n, int64_t k) {
+  dense_product<Mode>(threads, x, w, m, n, k, DenseEpilogue<Activation::none, X>{bias, y, nullptr, n});
+}
+
 // dx = g W.
 template <class Mode, class X, class W>
 inline void dense_dgrad(const Threads& threads, const MatrixView<X>& g, const MatrixView<W>& w, X* dx, int64_t m,
