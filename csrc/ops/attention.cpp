@@ -14,10 +14,6 @@ constexpr auto kOp = "attention";
 
 using Optional = std::optional<Tensor>;
 
-Tensor with_contiguous_rows(const Tensor& t) {
-  return t.size(-1) == 1 || t.stride(-1) == 1 ? t : torch::stable::contiguous(t);
-}
-
 // [B, H, S, D], or [tokens, H, D] as a batch of one.
 AttentionOperand operand(const Tensor& t) {
   if (t.dim() == 3) return {t.data_ptr(), 0, t.stride(1), t.stride(0)};

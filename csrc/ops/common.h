@@ -40,6 +40,11 @@ inline void check_contiguous(const Tensor& t, const char* op, const char* name) 
   STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
 }
 
+// For kernels that take any strides but for the last dimension, whose elements must lie side by side.
+inline Tensor with_contiguous_rows(const Tensor& t) {
+  return t.size(-1) == 1 || t.stride(-1) == 1 ? t : torch::stable::contiguous(t);
+}
+
 template <class T>
 inline T* optional_data(const std::optional<Tensor>& t) {
   return t ? static_cast<T*>(t->data_ptr()) : nullptr;

@@ -10,11 +10,6 @@ namespace {
 
 constexpr auto kOp = "rotary";
 
-// Any strides are taken but for the last dimension, whose elements must lie side by side.
-Tensor with_contiguous_rows(const Tensor& t) {
-  return t.size(-1) == 1 || t.stride(-1) == 1 ? t : torch::stable::contiguous(t);
-}
-
 RotaryOperand operand(const Tensor& t, const Tensor& out, const char* name) {
   return {t.data_ptr(), out.data_ptr(), t.size(1), t.stride(0), t.stride(1), t.stride(2), kernel_dtype(t, kOp, name)};
 }
