@@ -55,12 +55,14 @@ def _loss(
     logits, target, classes, top, log_sum, level, ignore_index, smoothing, softcap,
     SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
+    """A row's loss, and whether no logit is above the target's."""
     valid = (target >= 0) & (target < classes)
     chosen = _capped(tl.load(logits + tl.where(valid, target, 0)).to(tl.float32), softcap, SOFTCAP)
     loss = log_sum + (top - chosen)
     if SMOOTH:
         loss = (1.0 - smoothing) * loss + smoothing * (log_sum - level / classes)
-    return tl.where(target == ignore_index, 0.0, tl.where(valid, loss, float("nan")))
+    correct = (target != ignore_index) & valid & (chosen >= top)
+    return tl.where(target == ignore_index, 0.0, tl.where(valid, loss, float("nan"))), correct
 
 
 @triton.jit
@@ -92,7 +94,7 @@ def _forward(
     tl.store(lse + 2 * row, top)
     tl.store(lse + 2 * row + 1, log_sum)
     t = tl.load(target + row)
-    value = _loss(logits, t, classes, top, log_sum, level, ignore_index, smoothing, softcap, SOFTCAP, SMOOTH)
+    value, _ = _loss(logits, t, classes, top, log_sum, level, ignore_index, smoothing, softcap, SOFTCAP, SMOOTH)
     tl.store(loss + row, value)
 
 
@@ -115,15 +117,16 @@ def _backward(
 
 @triton.jit
 def _in_place(
-    logits, target, loss, scale, classes, stride, scale_stride, ignore_index, smoothing, softcap,
+    logits, target, loss, correct, scale, classes, stride, scale_stride, ignore_index, smoothing, softcap,
     GRADIENT: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     t = tl.load(target + row)
     top, log_sum, level = _statistics(logits, classes, softcap, SOFTCAP, SMOOTH, COLUMNS)
-    value = _loss(logits, t, classes, top, log_sum, level, ignore_index, smoothing, softcap, SOFTCAP, SMOOTH)
+    value, hit = _loss(logits, t, classes, top, log_sum, level, ignore_index, smoothing, softcap, SOFTCAP, SMOOTH)
     tl.store(loss + row, value)
+    tl.store(correct + row, hit.to(tl.float32))
     if GRADIENT:
         tl.debug_barrier()  # the target's logit has been read before it is overwritten
         factor = tl.load(scale + row * scale_stride)
@@ -203,19 +206,22 @@ def differentiate_in_place(
     logits: Tensor,
     target: Tensor,
     loss: Tensor,
+    correct: Tensor,
     scale: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
 ) -> None:
-    """Writes each row's loss and, if `scale` (one, or one for each row) is given, its gradient in the logits' place."""
+    """Writes each row's loss, 1 to `correct` if its target has the highest logit and 0 if not, and, if `scale` (one, or
+    one for each row) is given, the gradient in the logits' place.
+    """
     rows, classes = logits.shape
     choice = choose(classes)
     launch.run(
         _in_place,
         (rows,),
         (
-            logits, target, loss, loss if scale is None else scale, classes, logits.stride(0),
+            logits, target, loss, correct, loss if scale is None else scale, classes, logits.stride(0),
             int(scale is not None and scale.dim() == 1), ignore_index, label_smoothing, softcap,
         ),
         {"GRADIENT": scale is not None, **_constants(choice, label_smoothing, softcap)},

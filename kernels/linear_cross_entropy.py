@@ -47,12 +47,15 @@ def _differentiate(
     scale: Tensor | None,
     options: tuple[int, float, float],
     wants: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses of all tokens, and the gradients in `wants`; scale: gradient of the losses, one or one for each token."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Losses of all tokens, the gradients in `wants`, and which targets had the highest logit (1, else 0), [tokens].
+
+    scale: gradient of the losses, one or one for each token.
+    """
     tokens, width = x.shape
     classes = weight.shape[0]
     cast = weight.to(x.dtype)
-    losses = x.new_empty(tokens, dtype=torch.float32)
+    losses, correct = x.new_empty(2, tokens, dtype=torch.float32)
     dx = x.new_empty(tokens if wants[0] else 0, width)
     dweight = x.new_empty(classes if wants[1] else 0, width, dtype=torch.float32)
     dbias = x.new_zeros(classes if wants[2] else 0, dtype=torch.float32)
@@ -63,7 +66,8 @@ def _differentiate(
         part = slice(first, min(first + chunk, tokens))
         g = _dense.matmul(x[part], cast, bias)
         part_scale = scale[part] if scale is not None and scale.dim() == 1 else scale
-        differentiate_in_place(g, target[part], losses[part], part_scale if any(wants) else None, *options)
+        outputs = losses[part], correct[part]
+        differentiate_in_place(g, target[part], *outputs, part_scale if any(wants) else None, *options)
         if wants[0]:
             torch.mm(g, cast, out=dx[part])
         if wants[1]:
@@ -71,7 +75,7 @@ def _differentiate(
         if wants[2]:
             _, _, sums = _dense.activation_backward(g, g, "none", out=None, want_bias=True, want_hidden=False)
             dbias += sums
-    return losses, dx, dweight, dbias
+    return losses, dx, dweight, dbias, correct
 
 
 def linear_cross_entropy_fwd(
@@ -85,12 +89,11 @@ def linear_cross_entropy_fwd(
     reduction: str,
     wants: list[bool],
 ):
-    scale = x.new_ones((), dtype=torch.float32)
-    if reduction == "mean":
-        scale = count_used(target, ignore_index).reciprocal()
+    share = count_used(target, ignore_index).reciprocal()
+    scale = share if reduction == "mean" else torch.ones_like(share)
     options = (ignore_index, label_smoothing, softcap)
-    losses, *gradients = _differentiate(x, weight, bias, target, scale, options, wants)
-    return losses if reduction == "none" else losses.sum() * scale, *gradients
+    losses, *gradients, correct = _differentiate(x, weight, bias, target, scale, options, wants)
+    return losses if reduction == "none" else losses.sum() * scale, *gradients, correct.sum() * share
 
 
 def linear_cross_entropy_bwd(
@@ -106,7 +109,7 @@ def linear_cross_entropy_bwd(
     wants: list[bool],
 ):
     scale = dloss / count_used(target, ignore_index) if reduction == "mean" else dloss
-    _, *gradients = _differentiate(x, weight, bias, target, scale, (ignore_index, label_smoothing, softcap), wants)
+    _, *gradients, _ = _differentiate(x, weight, bias, target, scale, (ignore_index, label_smoothing, softcap), wants)
     return tuple(gradients)
 
 

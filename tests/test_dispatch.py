@@ -53,6 +53,8 @@ def test_compile_full_graph(spec: Spec) -> None:
     (outputs, grads), (expected, expected_grads) = differentiate(compiled, *call), differentiate(spec.op, *call)
     assert_same(outputs, expected, f"{spec.name} output")
     assert_same(grads.values(), expected_grads.values(), f"{spec.name} gradient")
+    without_grad = compiled(**call[0], **sample.options)
+    assert_same(as_tuple(without_grad), expected, f"{spec.name} output without gradients")
 
 
 @each_spec

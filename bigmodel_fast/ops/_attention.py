@@ -43,15 +43,16 @@ def _empty_heads(t: Tensor) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(query, key, value, bias, *options):
+    def forward(query, key, value, bias, alibi_slopes, key_lengths, query_starts, key_starts, seed, options):
         expanded = None
         if bias is not None:
             expanded = bias.expand(*query.shape[:3], key.shape[2])
-        return torch.ops.bigmodel_fast.attention_fwd(query, key, value, expanded, *options)
+        tensors = alibi_slopes, key_lengths, query_starts, key_starts, seed
+        return torch.ops.bigmodel_fast.attention_fwd(query, key, value, expanded, *tensors, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        tensors, ctx.options = inputs[:9], inputs[9:]
+        *tensors, ctx.options = inputs
         out, stats = output
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -60,7 +61,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, _):
-        nothing = (None,) * 10
+        nothing = (None,) * 6
         if grad_out is None:
             return None, None, None, None, *nothing
         query, key, value, bias, out, stats, *tensors = ctx.saved_tensors
@@ -206,4 +207,4 @@ def apply(
     seed = torch.randint(1 << 62, (1,), dtype=torch.int64, device=query.device) if dropout_p > 0 else None
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     tensors = (query, key, value, bias, alibi_slopes, key_lengths, *cu_seqlens, seed)
-    return _Attention.apply(*tensors, scale, softcap or 0.0, *sight, dropout_p)[0]
+    return _Attention.apply(*tensors, (scale, softcap or 0.0, *sight, dropout_p))[0]

@@ -47,12 +47,12 @@ class _CrossEntropy(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits, target, *options):
+    def forward(logits, target, options):
         return torch.ops.bigmodel_fast.cross_entropy_fwd(logits, target, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, target, *ctx.options = inputs
+        logits, target, ctx.options = inputs
         _, lse = output
         ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(logits, target, lse)
@@ -61,7 +61,7 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, _):
         grad = torch.ops.bigmodel_fast.cross_entropy_bwd(grad_loss, *ctx.saved_tensors, *ctx.options)
-        return grad, None, *(None for _ in ctx.options)
+        return grad, None, None
 
 
 def cross_entropy(
@@ -105,4 +105,4 @@ def cross_entropy(
             softcap=softcap,
             reduction=reduction,
         )
-    return _CrossEntropy.apply(logits, target, ignore_index, label_smoothing, softcap or 0.0, reduction)[0]
+    return _CrossEntropy.apply(logits, target, (ignore_index, label_smoothing, softcap or 0.0, reduction))[0]

@@ -20,16 +20,24 @@ def reference(
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     reduction: str = "mean",
-) -> Tensor:
+    return_accuracy: bool = False,
+):
     """Plain torch; holds the logits."""
-    return cross_entropy_reference(
-        linear_reference(x, weight, bias),
+    logits = linear_reference(x, weight, bias)
+    loss = cross_entropy_reference(
+        logits,
         target,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         softcap=softcap,
         reduction=reduction,
     )
+    if not return_accuracy:
+        return loss
+    used = target != ignore_index
+    logits, hit = logits.detach()[used], target[used]
+    correct = logits.gather(1, hit[:, None])[:, 0] >= logits.amax(1)
+    return loss, correct.to(torch.float32).mean()
 
 
 def _empty_gradients(x, weight, wants):
@@ -43,7 +51,7 @@ def _empty_gradients(x, weight, wants):
 @torch.library.register_fake("bigmodel_fast::linear_cross_entropy_fwd")
 def _(x, weight, bias, target, ignore_index, label_smoothing, softcap, reduction, wants):
     loss = x.new_empty(target.shape if reduction == "none" else (), dtype=torch.float32)
-    return loss, *_empty_gradients(x, weight, wants)
+    return loss, *_empty_gradients(x, weight, wants), loss.new_empty(())
 
 
 @torch.library.register_fake("bigmodel_fast::linear_cross_entropy_bwd")
@@ -55,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are made in forward, where the logits are, and only scaled in backward; but for reduction "none"."""
 
     @staticmethod
-    def forward(x, weight, bias, target, wants, *options):
+    def forward(x, weight, bias, target, wants, options):
         made = wants if options[-1] != "none" else (False, False, False)
         return torch.ops.bigmodel_fast.linear_cross_entropy_fwd(
             x, _dense.rows(weight), _dense.wide(bias), target, *options, made
@@ -63,9 +71,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, target, ctx.wants, *ctx.options = inputs
-        _, *gradients = output
-        ctx.mark_non_differentiable(*gradients)
+        x, weight, bias, target, ctx.wants, ctx.options = inputs
+        _, *gradients, accuracy = output
+        ctx.mark_non_differentiable(*gradients, accuracy)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, target, *gradients)
         ctx.gradients_free = ctx.options[-1] != "none"
@@ -73,9 +81,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, *_):
-        nothing = (None,) * (2 + len(ctx.options))
         if dloss is None:
-            return None, None, None, *nothing
+            return (None,) * 6
         x, weight, bias, target, *gradients = ctx.saved_tensors
         if not ctx.gradients_free:
             gradients = torch.ops.bigmodel_fast.linear_cross_entropy_bwd(
@@ -98,7 +105,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dx if ctx.wants[0] else None,
             dweight.to(weight.dtype) if ctx.wants[1] else None,
             dbias.to(bias.dtype) if ctx.wants[2] else None,
-            *nothing,
+            None,
+            None,
+            None,
         )
 
 
@@ -112,7 +121,8 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     reduction: str = "mean",
-) -> Tensor:
+    return_accuracy: bool = False,
+):
     """The output layer of a language model and its loss: cross_entropy(x W^T + b, target).
 
     Logits exist for a chunk of tokens at a time (about 100 MiB of them). With reduction "mean" and "sum" the gradients
@@ -127,9 +137,11 @@ def linear_cross_entropy(
         label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2016).
         softcap: if given, logits become softcap * tanh(logits / softcap) first (Gemma 2).
         reduction: "mean" (over tokens that are not ignored; NaN if there are none), "sum" or "none".
+        return_accuracy: also return the share of tokens, of those not ignored, whose target has the highest logit.
 
     Returns:
-        float32 (float64 for float64 x); a scalar, or target's shape for "none".
+        The loss: float32 (float64 for float64 x); a scalar, or target's shape for "none". With `return_accuracy` a pair
+        of it and a float32 scalar without gradient (NaN if no token counts), which costs nothing extra.
 
     Raises:
         TypeError: an argument is not floating point, or target is not int64.
@@ -156,9 +168,11 @@ def linear_cross_entropy(
             label_smoothing=label_smoothing,
             softcap=softcap,
             reduction=reduction,
+            return_accuracy=return_accuracy,
         )
     wants = tuple(_dense.needs_grad(t) for t in (x, weight, bias))
     options = (ignore_index, label_smoothing, softcap or 0.0, reduction)
     tokens = target.reshape(-1).contiguous()
-    loss, *_ = _LinearCrossEntropy.apply(_dense.rows(x), weight, bias, tokens, wants, *options)
-    return loss.view(target.shape) if reduction == "none" else loss
+    loss, *_, accuracy = _LinearCrossEntropy.apply(_dense.rows(x), weight, bias, tokens, wants, options)
+    loss = loss.view(target.shape) if reduction == "none" else loss
+    return (loss, accuracy) if return_accuracy else loss

@@ -34,11 +34,17 @@ typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
+typedef uint8_t VecB __attribute__((vector_size(kLanes)));
 
 BMF_INLINE Vec broadcast(float x) { return x - Vec{}; }
 BMF_INLINE VecI as_int(Vec x) { return reinterpret_cast<VecI>(x); }
 BMF_INLINE Vec as_float(VecI x) { return reinterpret_cast<Vec>(x); }
 BMF_INLINE Vec select(VecI mask, Vec yes, Vec no) { return mask ? yes : no; }
+BMF_INLINE VecI lane_index() {  // 0, 1, 2, ...
+  VecI index{};
+  for (int i = 0; i < kLanes; ++i) index[i] = i;
+  return index;
+}
 
 BMF_INLINE Vec fma(Vec a, Vec b, Vec c) {  // a * b + c
 #if defined(__AVX512F__)
@@ -217,9 +223,7 @@ BMF_INLINE void for_lanes_by_four(int64_t n, Body&& f) {
 }
 // The first `lanes` lanes of v, and `rest` in the others.
 BMF_INLINE Vec first_lanes(Vec v, int lanes, float rest) {
-  if (lanes == kLanes) return v;
-  for (int i = lanes; i < kLanes; ++i) v[i] = rest;
-  return v;
+  return lanes == kLanes ? v : select(lane_index() < lanes, v, broadcast(rest));
 }
 template <class T>
 BMF_INLINE Vec load_lanes(const T* p, int lanes) {

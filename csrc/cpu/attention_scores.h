@@ -106,8 +106,13 @@ BMF_INLINE float logit_factor(const AttentionArgs& a) { return modifies(a) ? 1.0
 // `lanes` neighbouring elements of a bias, `stride` apart.
 template <class T>
 BMF_INLINE Vec load_bias(const T* p, int64_t stride, int lanes) {
-  if constexpr (!std::is_same_v<T, bool>) {
-    if (stride == 1) return load_lanes(p, lanes);
+  if (stride == 1) {
+    if constexpr (!std::is_same_v<T, bool>) return load_lanes(p, lanes);
+    if (lanes == kLanes) {
+      VecB allowed;
+      __builtin_memcpy(&allowed, p, sizeof allowed);
+      return select(__builtin_convertvector(allowed, VecI) != 0, Vec{}, broadcast(-kInfinity));
+    }
   }
   Vec v{};
   for (int i = 0; i < lanes; ++i) {
@@ -126,8 +131,7 @@ inline void modify_scores(const AttentionArgs& a, const AttentionSequence& s, in
   const float inverse = a.softcap != 0 ? 1.0f / a.softcap : 0;
   const float steepness = a.alibi ? a.alibi[s.batch * a.alibi_batch_stride + head] : 0;
   const int64_t bias_row = s.batch * a.bias.batch_stride + head * a.bias.head_stride + row * a.bias.row_stride;
-  Vec position{};
-  for (int i = 0; i < kLanes; ++i) position[i] = static_cast<float>(i);
+  const Vec position = __builtin_convertvector(lane_index(), Vec);
   for_lanes(keys.end - keys.begin, [&](int64_t i, int lanes) {
     const int64_t key = keys.begin + i;
     Vec t = load_lanes(score + key - base, lanes) * a.scale;
@@ -154,16 +158,9 @@ inline void modify_scores(const AttentionArgs& a, const AttentionSequence& s, in
 BMF_INLINE Vec within(Vec v, int64_t first, KeyRange keys, float rest) {
   const int64_t skip = keys.begin - first, count = keys.end - first;
   if (skip <= 0 && count >= kLanes) return v;
+  const VecI lane = lane_index();
   const int low = static_cast<int>(clamp(skip, 0, kLanes)), high = static_cast<int>(clamp(count, 0, kLanes));
-#if defined(__AVX512F__)
-  const uint32_t mask = ((1u << high) - 1) & ~((1u << low) - 1);
-  return reinterpret_cast<Vec>(
-      _mm512_mask_blend_ps(static_cast<__mmask16>(mask), _mm512_set1_ps(rest), reinterpret_cast<__m512>(v)));
-#else
-  for (int i = 0; i < kLanes; ++i)
-    if (i < low || i >= high) v[i] = rest;
-  return v;
-#endif
+  return select((lane >= low) & (lane < high), v, broadcast(rest));
 }
 
 // The choices of dropout for one query and one group of kDropoutGroup keys.

@@ -35,7 +35,10 @@ class Chunks {
         threads_(threads),
         used_(used),
         grads_(args.dx || args.dweight || args.dbias),
-        keeps_rows_(args.dx || args.dbias),
+        in_order_(used_count == args.tokens),
+        few_classes_(args.classes < args.width),
+        keeps_rows_(args.dx || args.dbias || (args.dweight && few_classes_)),
+        keeps_panels_(args.dweight && !few_classes_),
         capped_(args.softcap != 0),
         smooth_(args.label_smoothing != 0),
         inverse_(capped_ ? 1.0f / args.softcap : 0),
@@ -44,12 +47,12 @@ class Chunks {
         x_stride_(units_of<Mode>(args.width) * Mode::kPerUnit),
         chunk_(chunk_tokens(used_count)),
         gradient_stride_(smaller(stride_, kBlockClasses) + 64),
-        x_(chunk_ * x_stride_ * sizeof(Element)),
+        x_(in_order_ ? 0 : chunk_ * x_stride_ * sizeof(Element)),
         logits_(grads_ ? chunk_ * stride_ * sizeof(Element) : 0),
         gradients_(keeps_rows_ ? chunk_ * gradient_stride_ * sizeof(Element) : 0),
         stats_(chunk_ * panels_ * sizeof(PanelStats)),
         tokens_(chunk_ * sizeof(Token)),
-        dx_(args.dx ? chunk_ * args.width * sizeof(float) : 0),
+        dx_(args.dx && args.classes > kBlockClasses ? chunk_ * args.width * sizeof(float) : 0),
         dbias_(args.dbias ? kBlockClasses * sizeof(float) : 0) {
     for (int64_t first = 0; first < used_count; first += chunk_) run(first, smaller(chunk_, used_count - first));
   }
@@ -69,29 +72,43 @@ class Chunks {
     return ceil_div(used_count, chunks);
   }
 
+  const X* x_row(int64_t row) const { return static_cast<const X*>(args_.x) + row * args_.x_stride; }
   Element* logits(int64_t row) const { return logits_.template at<Element>(0) + row * stride_; }
   Element* gradients(int64_t row) const { return gradients_.template at<Element>(0) + row * gradient_stride_; }
   PanelStats* stats(int64_t row) const { return stats_.template at<PanelStats>(0) + row * panels_; }
   Token& token(int64_t row) const { return tokens_.template at<Token>(0)[row]; }
 
   void run(int64_t first, int64_t count) {
+    if (in_order_) return run(MatrixView<X>{x_row(first), args_.x_stride, 1}, args_.width, first, count);
     gather(first, count);
-    const MatrixView<Element> x{x_.template at<Element>(0), x_stride_, 1};
-    const OperandA<Mode> x_rows(threads_, x, count, x_stride_);
+    run(MatrixView<Element>{x_.template at<Element>(0), x_stride_, 1}, x_stride_, first, count);
+  }
+
+  // `x`: the chunk's rows, `width` elements each, zeros among them.
+  template <class T>
+  void run(const MatrixView<T>& x, int64_t width, int64_t first, int64_t count) {
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t at = used_[first + row];
+      token(row) = {args_.target[at], 0, 0, 0, args_.scale ? args_.scale[at * args_.scale_stride] : 0};
+    }
+    const OperandA<Mode> x_rows(threads_, x, count, width);
     for_blocks([&](int64_t col, int64_t cols) { multiply_logits(x_rows, count, col, cols); });
     parallel_ranges(threads_, count, 16, [&](int64_t begin, int64_t end, int) { merge(first, begin, end); });
     if (!grads_) return;
-    const OperandA<Mode> x_columns(threads_, transposed(x), args_.dweight ? args_.width : 0, count);
+    // The narrower operand of dW = g^T x is the one that is transposed.
+    const OperandA<Mode> x_columns(threads_, transposed(x), keeps_panels_ ? args_.width : 0, count);
+    const OperandB<Mode> x_panels(threads_, args_.dweight && few_classes_ ? count : 0, args_.width, x);
     for_blocks([&](int64_t col, int64_t cols) {
-      const OperandB<Mode> panels(args_.dweight ? count : 0, cols);
+      const OperandB<Mode> panels(keeps_panels_ ? count : 0, cols);
       parallel_tasks(threads_, ceil_div(count, kRowsAtOnce), [&](int64_t task, int) {
         differentiate(task * kRowsAtOnce, smaller(count, (task + 1) * kRowsAtOnce), col, cols, panels);
       });
-      if (args_.dbias) add_bias_gradient(first, count, col, cols);
-      if (args_.dx) add_input_gradient(count, col, cols);
-      if (args_.dweight) add_weight_gradient(x_columns, panels, first, col, cols);
+      const MatrixView<Element> g{gradients(0), gradient_stride_, 1};
+      if (args_.dbias) add_bias_gradient(g, first, count, col, cols);
+      if (args_.dx) add_input_gradient(g, first, count, col, cols);
+      if (keeps_panels_) add_weight_gradient(x_columns, panels, first, col, cols);
+      if (args_.dweight && few_classes_) add_weight_gradient(g, x_panels, first, count, col, cols);
     });
-    if (args_.dx) scatter_input_gradient(first, count);
   }
 
   template <class F>
@@ -108,11 +125,9 @@ class Chunks {
   void gather(int64_t first, int64_t count) const {
     parallel_ranges(threads_, count, row_grain(args_.width), [&](int64_t begin, int64_t end, int) {
       for (int64_t row = begin; row < end; ++row) {
-        const int64_t at = used_[first + row];
-        const MatrixView<X> x{static_cast<const X*>(args_.x) + at * args_.x_stride, args_.x_stride, 1};
+        const MatrixView<X> x{x_row(used_[first + row]), args_.x_stride, 1};
         Element* to = x_.template at<Element>(0) + row * x_stride_;
         pack_rows<Mode>(x, args_.width, 0, 1, reinterpret_cast<float*>(to), 0);
-        token(row) = {args_.target[at], 0, 0, 0, args_.scale ? args_.scale[at * args_.scale_stride] : 0};
       }
     });
   }
@@ -170,6 +185,7 @@ class Chunks {
       Token& t = token(row);
       t.log_sum = static_cast<float>(__builtin_log(exp_sum));
       t.top = top;
+      if (args_.correct) args_.correct[used_[first + row]] = t.hit >= top;
       if (args_.loss == nullptr) continue;
       float loss = t.log_sum + (top - t.hit);
       if (args_.label_smoothing != 0)
@@ -210,7 +226,7 @@ class Chunks {
             if (keeps_rows_) store(to + v * kLanes, g[i][v]);
           }
         }
-        if (args_.dweight)
+        if (keeps_panels_)
 #pragma GCC unroll 4
           for (int v = 0; v < kPanelVecs; ++v)
             store_row_pair<Mode>(panels.place(row, c) + v * kLanes, g[0][v], g[1][v], rows == 2);
@@ -223,26 +239,35 @@ class Chunks {
       const Vec probability = exp(broadcast((t.hit - t.top) - t.log_sum));
       const float g = gradient(t, probability, broadcast(t.hit), everywhere + (1.0f - args_.label_smoothing))[0];
       if (keeps_rows_) from_float(g, gradients(row) + hit);
-      if (args_.dweight) from_float(g, reinterpret_cast<Element*>(panels.place(row, hit)) + row % Mode::kPerUnit);
+      if (keeps_panels_) from_float(g, reinterpret_cast<Element*>(panels.place(row, hit)) + row % Mode::kPerUnit);
     }
   }
 
-  void add_bias_gradient(int64_t first, int64_t count, int64_t col, int64_t cols) const {
+  void add_bias_gradient(const MatrixView<Element>& g, int64_t first, int64_t count, int64_t col, int64_t cols) const {
     float* sums = dbias_.template at<float>(0);
-    column_sums(threads_, MatrixView<Element>{gradients(0), gradient_stride_, 1}, count, cols, sums);
+    column_sums(threads_, g, count, cols, sums);
     for_lanes(cols, [&](int64_t c, int lanes) {
       const Vec before = first == 0 ? Vec{} : load_lanes(args_.dbias + col + c, lanes);
       store_lanes(args_.dbias + col + c, before + load_lanes(sums + c, lanes), lanes);
     });
   }
 
-  void add_input_gradient(int64_t count, int64_t col, int64_t cols) const {
-    const MatrixView<Element> g{gradients(0), gradient_stride_, 1};
+  // Summed over the blocks in float; the last block's sums are the result.
+  void add_input_gradient(const MatrixView<Element>& g, int64_t first, int64_t count, int64_t col, int64_t cols) const {
     const OperandB<Mode> panels(threads_, cols, args_.width, weight(col));
     const OperandA<Mode> rows(threads_, g, count, units_of<Mode>(cols) * Mode::kPerUnit);
     const Product<Mode> product{&rows, &panels};
-    gemm<Mode>(threads_, count, &product, 1, 1,
-               AddTile<float>{dx_.template at<float>(0), args_.width, args_.width, col == 0});
+    float* so_far = dx_.template at<float>(0);
+    if (col + cols < args_.classes) {
+      gemm<Mode>(threads_, count, &product, 1, 1, AddTile<float>{so_far, args_.width, args_.width, col == 0});
+      return;
+    }
+    gemm<Mode>(threads_, count, &product, 1, 1, [&](const Tile& tile) {
+      for_tile(tile, args_.width, [&](int64_t row, int64_t c, int lanes, Vec v) {
+        if (col > 0) v += load_lanes(so_far + row * args_.width + c, lanes);
+        store_lanes(static_cast<X*>(args_.dx) + used_[first + row] * args_.width + c, v, lanes);
+      });
+    });
   }
 
   void add_weight_gradient(const OperandA<Mode>& x_columns, const OperandB<Mode>& g, int64_t first, int64_t col,
@@ -252,20 +277,22 @@ class Chunks {
                AddTransposed<float>{args_.dweight + col * args_.width, cols, args_.width, first == 0});
   }
 
-  void scatter_input_gradient(int64_t first, int64_t count) const {
-    parallel_ranges(threads_, count, row_grain(args_.width), [&](int64_t begin, int64_t end, int) {
-      for (int64_t row = begin; row < end; ++row) {
-        const float* from = dx_.template at<float>(0) + row * args_.width;
-        X* to = static_cast<X*>(args_.dx) + used_[first + row] * args_.width;
-        for_lanes(args_.width, [&](int64_t c, int lanes) { store_lanes(to + c, load_lanes(from + c, lanes), lanes); });
-      }
-    });
+  void add_weight_gradient(const MatrixView<Element>& g, const OperandB<Mode>& x_panels, int64_t first, int64_t count,
+                           int64_t col, int64_t cols) const {
+    const OperandA<Mode> g_columns(threads_, transposed(g), cols, count);
+    const Product<Mode> product{&g_columns, &x_panels};
+    gemm<Mode>(threads_, cols, &product, 1, 1,
+               AddTile<float>{args_.dweight + col * args_.width, args_.width, args_.width, first == 0});
   }
 
   const LinearCrossEntropyArgs& args_;
   const Threads& threads_;
   const int64_t* used_;
-  const bool grads_, keeps_rows_, capped_, smooth_;
+  const bool grads_;
+  const bool in_order_;                   // no token is left out: x is read where it is
+  const bool few_classes_;                // fewer than x is wide
+  const bool keeps_rows_, keeps_panels_;  // the forms in which gradients of logits are needed
+  const bool capped_, smooth_;
   const float inverse_;  // of the softcap
   const int64_t stride_, panels_, x_stride_, chunk_;
   const int64_t gradient_stride_;  // of a block's rows: not a power of two, or they would share cache sets

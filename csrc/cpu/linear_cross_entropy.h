@@ -27,7 +27,8 @@ struct LinearCrossEntropyArgs {
   const float* scale;              // scale[token * scale_stride]; null where no gradient is wanted
   int64_t scale_stride;            // 0: the same for all
   float* loss;                     // [tokens], or null
-  void* dx;                        // gradients: null where not wanted
+  bool* correct;  // [tokens], or null: whether no class has a higher logit than the target; not set where ignored
+  void* dx;       // gradients: null where not wanted
   float *dweight, *dbias;
 };
 

@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "core/scratch.h"
 #include "ops/targets.h"
 
 namespace bmf {
@@ -40,6 +41,7 @@ LinearCrossEntropyArgs inputs(const Tensor& x, const Tensor& weight, const std::
           .scale = nullptr,
           .scale_stride = 0,
           .loss = nullptr,
+          .correct = nullptr,
           .dx = nullptr,
           .dweight = nullptr,
           .dbias = nullptr};
@@ -60,27 +62,37 @@ Gradients allocate(const Tensor& x, const std::vector<bool>& wants, LinearCrossE
   return g;
 }
 
+Tensor scalar(double value, const Tensor& like) {
+  const Tensor t = empty({}, ScalarType::Float, like);
+  *static_cast<float*>(t.mutable_data_ptr()) = static_cast<float>(value);
+  return t;
+}
+
 // The loss, and with reduction "mean" or "sum" the gradients of it; with "none", where the gradient of each loss is not
-// known yet, `wants` must be all false.
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(const Tensor& x, const Tensor& weight,
-                                                                    const std::optional<Tensor>& bias,
-                                                                    const Tensor& target, int64_t ignore_index,
-                                                                    double label_smoothing, double softcap,
-                                                                    std::string reduction, std::vector<bool> wants) {
+// known yet, `wants` must be all false. Last the share of tokens whose target has the highest logit.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target,
+    int64_t ignore_index, double label_smoothing, double softcap, std::string reduction, std::vector<bool> wants) {
   LinearCrossEntropyArgs args = inputs(x, weight, bias, target, {ignore_index, label_smoothing, softcap});
   const Gradients g = allocate(x, wants, args);
   const Tensor losses = empty({args.tokens}, ScalarType::Float, x);
   args.loss = static_cast<float*>(losses.mutable_data_ptr());
-  const double divisor = reduction == "mean" ? static_cast<double>(count_used(target, ignore_index)) : 1;
+  const Scratch correct(static_cast<size_t>(args.tokens));
+  args.correct = correct.at<bool>(0);
+  __builtin_memset(args.correct, 0, static_cast<size_t>(args.tokens));
+  const double used = static_cast<double>(count_used(target, ignore_index));
+  const double divisor = reduction == "mean" ? used : 1;
   const float scale = static_cast<float>(1 / divisor);
   args.scale = &scale;
   linear_cross_entropy(args, torch_threads());
-  if (reduction == "none") return {losses, g.dx, g.dweight, g.dbias};
-  double loss = 0;
-  for (int64_t i = 0; i < args.tokens; ++i) loss += args.loss[i];
-  const Tensor reduced = empty({}, ScalarType::Float, x);
-  *static_cast<float*>(reduced.mutable_data_ptr()) = static_cast<float>(loss / divisor);
-  return {reduced, g.dx, g.dweight, g.dbias};
+  double loss = 0, hits = 0;
+  for (int64_t i = 0; i < args.tokens; ++i) {
+    loss += args.loss[i];
+    hits += args.correct[i];
+  }
+  const Tensor accuracy = scalar(hits / used, x);
+  if (reduction == "none") return {losses, g.dx, g.dweight, g.dbias, accuracy};
+  return {scalar(loss / divisor, x), g.dx, g.dweight, g.dbias, accuracy};
 }
 
 // Gradients from the gradient of the loss: of each token's (reduction "none"), else of the one there is.
@@ -111,7 +123,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_fast, m) {
   m.def(
       "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index, "
       "float label_smoothing, float softcap, str reduction, bool[] wants) -> "
-      "(Tensor loss, Tensor dx, Tensor dweight, Tensor dbias)");
+      "(Tensor loss, Tensor dx, Tensor dweight, Tensor dbias, Tensor accuracy)");
   m.def(
       "linear_cross_entropy_bwd(Tensor dloss, Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index, "
       "float label_smoothing, float softcap, str reduction, bool[] wants) -> "

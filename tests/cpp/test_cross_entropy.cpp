@@ -73,6 +73,7 @@ void check_cross_entropy(const Threads& threads, int64_t rows, int64_t classes, 
 struct LinearCase {
   int64_t tokens, width, classes;
   Dtype x, weight;
+  bool ignores = true;  // some tokens
 };
 
 void check_linear_cross_entropy(const Threads& threads, const LinearCase& c, const Options& o) {
@@ -80,14 +81,18 @@ void check_linear_cross_entropy(const Threads& threads, const LinearCase& c, con
   const Array x = Array::normal(c.x, extent(c.tokens, c.width, x_stride));
   const Array weight = Array::normal(c.weight, extent(c.classes, c.width, weight_stride), 0.5f);
   const Array bias = Array::normal(Dtype::float32, c.classes), scale = Array::normal(Dtype::float32, c.tokens);
-  const std::vector<int64_t> target = draw_targets(c.tokens, c.classes);
+  std::vector<int64_t> target = draw_targets(c.tokens, c.classes);
+  if (!c.ignores) std::replace(target.begin(), target.end(), kIgnored, int64_t{0});
   Array loss(Dtype::float32, c.tokens), dx(c.x, c.tokens * c.width);
+  const auto correct = std::make_unique<bool[]>(c.tokens);
   Array dweight(Dtype::float32, c.classes * c.width), dbias(Dtype::float32, c.classes);
-  bmf::linear_cross_entropy(
-      {c.x,           c.weight,      c.tokens,         c.width,       c.classes,   x_stride,  weight_stride,  x.data(),
-       weight.data(), bias.floats(), target.data(),    kIgnored,      o.smoothing, o.softcap, scale.floats(), 1,
-       loss.floats(), dx.data(),     dweight.floats(), dbias.floats()},
-      threads);
+  bmf::linear_cross_entropy({c.x,           c.weight,      c.tokens,       c.width,
+                             c.classes,     x_stride,      weight_stride,  x.data(),
+                             weight.data(), bias.floats(), target.data(),  kIgnored,
+                             o.smoothing,   o.softcap,     scale.floats(), 1,
+                             loss.floats(), correct.get(), dx.data(),      dweight.floats(),
+                             dbias.floats()},
+                            threads);
   const Exact x_exact(x, c.tokens, c.width, x_stride), weight_exact(weight, c.classes, c.width, weight_stride);
   const Exact logits = with_row(product(x_exact, transposed(weight_exact)), bias);
   const auto [loss_exact, g] = cross_entropy(logits, target, o, scale);
@@ -95,6 +100,14 @@ void check_linear_cross_entropy(const Threads& threads, const LinearCase& c, con
   CHECK_CLOSE(dx, product(g, weight_exact), c.x);
   CHECK_CLOSE(dweight, product(transposed(g), x_exact), c.x);
   CHECK_CLOSE(dbias, column_sums(g), c.x);
+  for (int64_t row = 0; row < c.tokens; ++row) {
+    if (target[row] == kIgnored) continue;
+    const double* z = &logits.value[row * c.classes];
+    const double top = *std::max_element(z, z + c.classes);
+    const double error = epsilon(c.x) * logits.scale[row * c.classes + target[row]];
+    if (z[target[row]] == top) CHECK(correct[row]);
+    if (z[target[row]] < top - error) CHECK(!correct[row]);
+  }
 }
 
 }  // namespace
@@ -110,6 +123,7 @@ int main() {
                                       {Dtype::bfloat16, Dtype::bfloat16}}) {
         check_linear_cross_entropy(threads, {1, 1, 1, x, weight}, options);
         check_linear_cross_entropy(threads, {70, 33, 131, x, weight}, options);
+        check_linear_cross_entropy(threads, {70, 131, 33, x, weight, false}, options);
         check_linear_cross_entropy(threads, {0, 3, 5, x, weight}, options);
       }
     }

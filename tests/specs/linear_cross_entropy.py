@@ -23,6 +23,7 @@ SPECS = (
             sample((4,), 3, 5),
             *(sample((2, 3), 17, 33, 3, **options) for options in OPTIONS),
             sample((), 9, 17, bias=False),
+            sample((64,), 70, 33, 5),  # fewer classes than x is wide
             sample((3,), 5, 7, 1),  # every target ignored: the mean is NaN
             sample((200,), 64, 301, 7, bias=False, softcap=10.0, label_smoothing=0.1),
         ),
