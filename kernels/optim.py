@@ -5,7 +5,8 @@ adamw (Loshchilov and Hutter 2019), in the order torch does it, in float32, with
     p = p (1 - lr decay);  m = m + (1 - b1) (g - m);  v = b2 v + (1 - b2) g^2
     p = p - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
-p, g, m and v are read once and p, m and v written once. Tensors are described by a table on the device, a row of FIELDS
+p, g, m and v are read once and p, m and v written once; bfloat16 ones may be rounded stochastically, by random numbers
+that depend on the step and the element alone. Tensors are described by a table on the device, a row of FIELDS
 numbers each, in which a program finds its tensor by bisection; the table is made anew only when an address changes.
 Tensors of other dtypes, or at another step, take a launch of their own.
 
@@ -73,9 +74,17 @@ def _store(address, value, i, count, ELEMENT: tl.constexpr, MASKED: tl.constexpr
 
 
 @triton.jit
+def _round(value, random):
+    """To bfloat16's numbers, up or down by 16 random bits; NaN stays NaN."""
+    bits = (value.to(tl.int32, bitcast=True) + (random.to(tl.int32, bitcast=True) & 0xFFFF)) & -65536
+    return tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+
+
+@triton.jit
 def _step(
-    row, i, count, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, second_scale, eps, sign,
-    PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+    row, i, count, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, second_scale, eps, sign, seed,
+    PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     parameter = _address(row, 2, PARAMETER, ALIGNED)
     first = _address(row, 4, PARAMETER, ALIGNED)
@@ -87,6 +96,10 @@ def _step(
     m += one_minus_beta1 * (g - m)
     v = beta2 * v + one_minus_beta2 * g * g
     p -= step_size * (m / (tl.sqrt(v) * second_scale + eps))
+    if STOCHASTIC:
+        element = tl.program_id(0) * i.shape[0] + tl.arange(0, i.shape[0])
+        random_p, random_m, random_v, _ = tl.randint4x(seed, element)
+        p, m, v = _round(p, random_p), _round(m, random_m), _round(v, random_v)
     _store(parameter, p, i, count, PARAMETER, MASKED)
     _store(first, m, i, count, PARAMETER, MASKED)
     _store(second, v, i, count, PARAMETER, MASKED)
@@ -94,8 +107,9 @@ def _step(
 
 @triton.jit
 def _adamw(
-    table, tensors, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, second_scale, eps, sign,
-    PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr,
+    table, tensors, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, second_scale, eps, sign, seed,
+    PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row, chunk = _find(table, tensors)
     count = tl.load(row + 1)
@@ -104,12 +118,12 @@ def _adamw(
     if (chunk + 1) * COLUMNS <= count:
         _step(
             row, i, count, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, second_scale, eps, sign,
-            PARAMETER, GRADIENT, ALIGNED, False,
+            seed, PARAMETER, GRADIENT, STOCHASTIC, ALIGNED, False,
         )  # fmt: skip
     else:
         _step(
             row, i, count, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, second_scale, eps, sign,
-            PARAMETER, GRADIENT, ALIGNED, True,
+            seed, PARAMETER, GRADIENT, STOCHASTIC, ALIGNED, True,
         )  # fmt: skip
 
 
@@ -176,6 +190,8 @@ def adamw_(
     eps: float,
     weight_decay: float,
     maximize: bool,
+    grad_scale: float,
+    stochastic_rounding: bool,
 ) -> None:
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, (p, g, step) in enumerate(zip(params, grads, steps, strict=True)):
@@ -184,9 +200,13 @@ def adamw_(
         lists = tuple([t[i] for i in members] for t in (params, grads, exp_avg, exp_avg_sq))
         numbers = (
             1.0 - lr * weight_decay, 1.0 - beta1, beta2, 1.0 - beta2, lr / (1.0 - beta1**step),
-            1.0 / math.sqrt(1.0 - beta2**step), eps, -1.0 if maximize else 1.0,
+            1.0 / math.sqrt(1.0 - beta2**step), eps, -grad_scale if maximize else grad_scale, step,
         )  # fmt: skip
-        constants = {"PARAMETER": _ELEMENTS[dtype], "GRADIENT": _ELEMENTS[grad_dtype]}
+        constants = {
+            "PARAMETER": _ELEMENTS[dtype],
+            "GRADIENT": _ELEMENTS[grad_dtype],
+            "STOCHASTIC": stochastic_rounding and dtype is torch.bfloat16,
+        }
         _launch(_adamw, lists, numbers, constants)
 
 

@@ -111,6 +111,96 @@ def test_clipping_is_torchs(dtype: torch.dtype, max_norm: float) -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # float64: by torch
+def test_clipping_within_the_step_is_clipping_before_it(dtype: torch.dtype, max_norm: float) -> None:
+    ours, theirs = parameters(dtype), parameters(dtype)
+    a, b = optim.AdamW(ours, lr=0.01), torch.optim.AdamW(theirs, lr=0.01)
+    for step in range(3):
+        for params in (ours, theirs):
+            draw_gradients(params, step)
+        before = ours[1].grad.clone()
+        norm = a.clip_grad_norm(max_norm)
+        assert torch.equal(ours[1].grad, before) == (dtype is torch.float32 or max_norm > 1)
+        assert norm.item() == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs, max_norm).item(), rel=1e-5)
+        a.step()
+        b.step()
+    for params, optimizer in ((ours, a), (theirs, b)):  # a step without clipping: the factor was used up
+        draw_gradients(params, 3)
+        optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_that_no_step_used_is_forgotten_with_its_gradients() -> None:
+    ours, theirs = parameters(), parameters()
+    a, b = optim.AdamW(ours, lr=0.01), optim.AdamW(theirs, lr=0.01)
+    draw_gradients(ours, 0)
+    a.clip_grad_norm(1e-3)
+    a.zero_grad()
+    for params, optimizer in ((ours, a), (theirs, b)):
+        draw_gradients(params, 1)
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+def test_stochastic_rounding_keeps_what_rounding_to_nearest_loses() -> None:
+    def train(dtype: torch.dtype, **options: bool) -> torch.Tensor:
+        p = torch.nn.Parameter(torch.ones(40_001, dtype=dtype))
+        optimizer = optim.AdamW([p], lr=1e-4, weight_decay=0.0, **options)
+        for _ in range(20):  # steps of 1e-4, where neighbours of 1 are 4e-3 and 8e-3 away
+            p.grad = torch.full_like(p, 0.5)
+            optimizer.step()
+        return p.detach().float()
+
+    exact, nearest, stochastic = (
+        train(torch.float32),
+        train(torch.bfloat16),
+        train(torch.bfloat16, stochastic_rounding=True),
+    )
+    assert torch.equal(nearest, torch.ones_like(nearest))
+    assert abs(exact.mean() - (1 - 20e-4)) < 1e-5
+    assert abs(stochastic.mean() - exact.mean()) < 1e-4
+    assert torch.equal(train(torch.float32, stochastic_rounding=True), exact)
+
+
+def test_stochastic_rounding_repeats_whatever_the_threads_and_the_instruction_set() -> None:
+    def train(threads: int) -> list[torch.Tensor]:
+        torch.set_num_threads(threads)
+        params = parameters(torch.bfloat16)
+        optimizer = optim.AdamW(params, lr=0.01, stochastic_rounding=True)
+        for step in range(3):
+            draw_gradients(params, step)
+            optimizer.step()
+        return [t for p in params for t in (p.detach(), *(s for k, s in optimizer.state[p].items() if k != "step"))]
+
+    threads = torch.get_num_threads()
+    try:
+        first, again = train(1), train(3)
+        assert all(map(torch.equal, first, again))
+        _C.set_cpu_isa("generic")
+        for a, b in zip(first, train(2), strict=True):  # without fused multiply-adds a few sums differ in the last bit
+            assert (a != b).sum() <= a.numel() / 100
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_stochastic_rounding_keeps_infinity_and_nan() -> None:
+    p = torch.nn.Parameter(torch.tensor([math.inf, -math.inf, math.nan, 1.0], dtype=torch.bfloat16))
+    p.grad = torch.tensor([0.0, 0.0, 0.0, math.nan], dtype=torch.bfloat16)
+    optim.AdamW([p], lr=0.01, stochastic_rounding=True).step()
+    assert p[0] == math.inf
+    assert p[1] == -math.inf
+    assert p[2:].isnan().all()
+
+
+def test_stochastic_rounding_is_never_left_out_silently() -> None:
+    params = parameters(torch.bfloat16)
+    draw_gradients(params, 0)
+    with pytest.raises(NotImplementedError, match="amsgrad"):
+        optim.AdamW(params, amsgrad=True, stochastic_rounding=True).step()
+
+
 def test_a_norm_that_is_not_finite_is_an_error_if_asked_for() -> None:
     params = parameters()
     draw_gradients(params, 1)

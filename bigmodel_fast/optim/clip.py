@@ -9,6 +9,12 @@ from .. import _dispatch
 from . import _fused
 
 
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What gradients of this norm are to be multiplied by; NaN for a NaN norm, as torch has it."""
+    factor = max_norm / (norm + 1e-6)
+    return 1.0 if factor >= 1.0 else factor
+
+
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Iterable[Tensor] | Tensor, max_norm: float, *, error_if_nonfinite: bool = False
@@ -39,7 +45,7 @@ def clip_grad_norm_(
     norm = torch.ops.bigmodel_fast.grad_norm(grads)
     if error_if_nonfinite and not norm < float("inf"):
         raise RuntimeError(f"clip_grad_norm_: the norm of the gradients is {norm}, so they cannot be clipped")
-    factor = max_norm / (norm + 1e-6)
-    if not factor >= 1:  # NaN too: then the gradients become NaN, as torch's do
+    factor = clip_factor(norm, max_norm)
+    if factor != 1.0:
         torch.ops.bigmodel_fast.grad_scale_(grads, factor)
     return torch.tensor(norm)

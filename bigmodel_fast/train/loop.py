@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..models import GPT
-from ..optim import clip_grad_norm_, cosine
+from ..optim import cosine
 from . import setup
 from .checkpoint import Checkpoint, save_checkpoint
 from .config import TrainConfig
@@ -165,7 +165,7 @@ class Trainer:
             part = self._loss(*self.batches.next()) / optim.accumulation
             part.backward()
             loss += part.item()
-        norm = clip_grad_norm_(self.model.parameters(), optim.clip or math.inf).item()
+        norm = self.optimizer.clip_grad_norm(optim.clip or math.inf).item()
         good = math.isfinite(loss) and math.isfinite(norm)
         if good:
             self.optimizer.step()

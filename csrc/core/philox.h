@@ -1,14 +1,15 @@
-// Which attention weights dropout keeps: counter-based random numbers (Philox4x32, Salmon et al. 2011), so that
-// backward makes the same choices again instead of reading a stored mask.
+// Counter-based random numbers (Philox4x32, Salmon et al. 2011) for dropout, whose choices backward makes again instead
+// of reading a stored mask, and for stochastic rounding. Seven rounds, the fewest that pass the authors' test
+// batteries; the same numbers on every instruction set.
 //
-// Seven rounds, the fewest that pass the authors' test batteries. A counter stands for 16 lanes of 128 neighbouring
-// keys of one query; it yields 16 random bits for each of them, the same ones on every instruction set.
+// For dropout a counter stands for 16 lanes of 128 neighbouring columns of one row (of attention: keys of a query); it
+// yields 16 random bits for each of them.
 #pragma once
 #include "core/simd.h"
 
 namespace bmf::BMF_ISA {
 
-constexpr int kDropoutGroup = 128;  // keys whose choices are made together
+constexpr int kDropoutGroup = 128;  // columns whose choices are made together
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 // The high and low halves of a * m, lane by lane.
@@ -35,6 +36,22 @@ BMF_INLINE void multiply_halves(VecU a, uint32_t m, VecU& high, VecU& low) {
 }
 #endif
 
+// x: a counter in each lane, replaced by 128 random bits.
+BMF_INLINE void philox(uint64_t seed, VecU (&x)[4]) {
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 7; ++round) {
+    VecU high0, low0, high1, low1;
+    multiply_halves(x[0], 0xD2511F53u, high0, low0);
+    multiply_halves(x[2], 0xCD9E8D57u, high1, low1);
+    x[0] = high1 ^ x[1] ^ (VecU{} + key0);
+    x[1] = low1;
+    x[2] = high0 ^ x[3] ^ (VecU{} + key1);
+    x[3] = low0;
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+}
+
 // Bit i of the result: whether lane i of a is at least `least`.
 BMF_INLINE uint32_t at_least(VecU a, uint32_t least) {
 #if defined(__AVX512F__)
@@ -46,32 +63,27 @@ BMF_INLINE uint32_t at_least(VecU a, uint32_t least) {
 #endif
 }
 
-// Bit i of keep[j]: whether key 128 group + 16 j + i of this query's row is kept, which happens with probability
+// Bit i of keep[j]: whether column 128 group + 16 j + i of this row is kept, which happens with probability
 // 1 - threshold / 65536.
 BMF_INLINE void dropout_choices(uint64_t seed, uint32_t head, uint32_t row, uint32_t group, uint32_t threshold,
                                 uint16_t (&keep)[8]) {
   for (int j = 0; j < 8; ++j) keep[j] = 0;
   for (int first = 0; first < 16; first += kLanes) {
-    VecU lane{};
-    for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(first + i);
+    const VecU lane = reinterpret_cast<VecU>(lane_index() + first);
     VecU x[4] = {lane, VecU{} + row, VecU{} + head, VecU{} + group};
-    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 7; ++round) {
-      VecU high0, low0, high1, low1;
-      multiply_halves(x[0], 0xD2511F53u, high0, low0);
-      multiply_halves(x[2], 0xCD9E8D57u, high1, low1);
-      x[0] = high1 ^ x[1] ^ (VecU{} + key0);
-      x[1] = low1;
-      x[2] = high0 ^ x[3] ^ (VecU{} + key1);
-      x[3] = low0;
-      key0 += 0x9E3779B9u;
-      key1 += 0xBB67AE85u;
-    }
+    philox(seed, x);
     for (int word = 0; word < 4; ++word) {
       keep[2 * word] |= static_cast<uint16_t>(at_least(x[word] & 0xffffu, threshold) << first);
       keep[2 * word + 1] |= static_cast<uint16_t>(at_least(x[word] >> 16, threshold) << first);
     }
   }
+}
+
+// v as a bfloat16: the neighbour above with the probability of v's place between the two, else the one below, by 16
+// random bits in each lane. The mean of many roundings is v, so steps smaller than half an ulp are not lost.
+BMF_INLINE Vec round_to_bf16(Vec v, VecU random) {
+  const VecU rounded = (reinterpret_cast<VecU>(v) + (random & 0xffffu)) & 0xffff0000u;
+  return select(v == v, reinterpret_cast<Vec>(rounded), v);
 }
 
 // v where the bit of the lane is set, 0 elsewhere; `bits` starts with the first lane's.

@@ -1,5 +1,6 @@
 #include "cpu/optim.h"
 
+#include "core/philox.h"
 #include "core/scratch.h"
 #include "core/simd.h"
 
@@ -25,7 +26,7 @@ void for_chunks(const Threads& threads, const Parameter* parameters, int64_t cou
   });
 }
 
-template <class P, class G>
+template <bool kStochastic, class P, class G>
 void adamw_chunk(const AdamWArgs& a, const Parameter& of, int64_t begin, int64_t end) {
   P *p = static_cast<P*>(of.p), *m = static_cast<P*>(of.m), *v = static_cast<P*>(of.v);
   const G* g = static_cast<const G*>(of.g);
@@ -34,16 +35,28 @@ void adamw_chunk(const AdamWArgs& a, const Parameter& of, int64_t begin, int64_t
   const float keep = static_cast<float>(1 - a.lr * a.weight_decay), rate = static_cast<float>(a.lr / correction1);
   const float root = static_cast<float>(1 / __builtin_sqrt(correction2)), eps = static_cast<float>(a.eps);
   const float beta1 = static_cast<float>(1 - a.beta1), beta2 = static_cast<float>(a.beta2);
-  const float rest2 = static_cast<float>(1 - a.beta2), sign = a.maximize ? -1.0f : 1.0f;
+  const float rest2 = static_cast<float>(1 - a.beta2), sign = (a.maximize ? -1.0f : 1.0f) * a.grad_scale;
+  const uint64_t seed = static_cast<uint64_t>(of.step) << 32 | static_cast<uint64_t>(&of - a.parameters);
   for_lanes(end - begin, [&](int64_t i, int lanes) {
     const int64_t at = begin + i;
     const Vec grad = load_lanes(g + at, lanes) * sign;
     const Vec m_old = load_lanes(m + at, lanes), m_new = fma(grad - m_old, broadcast(beta1), m_old);
     const Vec v_new = fma(grad * grad, broadcast(rest2), load_lanes(v + at, lanes) * beta2);
     const Vec divisor = fma(sqrt(v_new), broadcast(root), broadcast(eps));
-    store_lanes(m + at, m_new, lanes);
-    store_lanes(v + at, v_new, lanes);
-    store_lanes(p + at, load_lanes(p + at, lanes) * keep - m_new / divisor * rate, lanes);
+    const Vec p_new = load_lanes(p + at, lanes) * keep - m_new / divisor * rate;
+    if constexpr (kStochastic) {
+      const int64_t block = at / 16;  // counted in 16 whatever the register's size
+      VecU random[4] = {reinterpret_cast<VecU>(lane_index()) + static_cast<uint32_t>(at % 16),
+                        VecU{} + static_cast<uint32_t>(block), VecU{} + static_cast<uint32_t>(block >> 32), VecU{}};
+      philox(seed, random);
+      store_lanes(m + at, round_to_bf16(m_new, random[0]), lanes);
+      store_lanes(v + at, round_to_bf16(v_new, random[1]), lanes);
+      store_lanes(p + at, round_to_bf16(p_new, random[2]), lanes);
+    } else {
+      store_lanes(m + at, m_new, lanes);
+      store_lanes(v + at, v_new, lanes);
+      store_lanes(p + at, p_new, lanes);
+    }
   });
 }
 
@@ -86,7 +99,12 @@ float sum_of_squares(const G* g, int64_t count) {
 
 void adamw(const AdamWArgs& args, const Threads& threads) {
   for_chunks(threads, args.parameters, args.count, [&](const Parameter& of, int64_t begin, int64_t end, int64_t) {
-    with_dtypes(of, [&](auto p, auto g) { adamw_chunk<decltype(p), decltype(g)>(args, of, begin, end); });
+    with_dtypes(of, [&](auto p, auto g) {
+      using P = decltype(p);
+      using G = decltype(g);
+      if (sizeof(P) == 2 && args.stochastic_rounding) return adamw_chunk<true, P, G>(args, of, begin, end);
+      adamw_chunk<false, P, G>(args, of, begin, end);
+    });
   });
 }
 

@@ -6,7 +6,9 @@
 // sgd:
 //   g = g + decay p;  m = momentum m + (1 - dampening) g (m = g at first);  p = p - lr (nesterov ? g + momentum m : m)
 //
-// Everything is computed in float; parameters and their states have one dtype, gradients their own.
+// Everything is computed in float; parameters and their states have one dtype, gradients their own. adamw multiplies
+// gradients by grad_scale as it reads them, and can round bfloat16 parameters and states stochastically: the choice
+// depends on the place of an element, its parameter's place in the list and the step, and on nothing else.
 #pragma once
 #include "core/isa.h"
 #include "core/threads.h"
@@ -29,6 +31,8 @@ struct AdamWArgs {
   int64_t count;
   double lr, beta1, beta2, eps, weight_decay;
   bool maximize;
+  float grad_scale;
+  bool stochastic_rounding;
 };
 
 struct SgdArgs {

@@ -45,9 +45,12 @@ std::vector<Parameter> collect(const char* op, const Tensors& params, const Tens
 }
 
 void adamw_step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, std::vector<int64_t> steps,
-                double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize) {
+                double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
+                double grad_scale, bool stochastic_rounding) {
   const auto all = collect("adamw_", params, grads, exp_avg, exp_avg_sq, steps);
-  adamw({all.data(), static_cast<int64_t>(all.size()), lr, beta1, beta2, eps, weight_decay, maximize}, torch_threads());
+  adamw({all.data(), static_cast<int64_t>(all.size()), lr, beta1, beta2, eps, weight_decay, maximize,
+         static_cast<float>(grad_scale), stochastic_rounding},
+        torch_threads());
 }
 
 void sgd_step(Tensors params, Tensors grads, Tensors momentum_buffers, std::vector<int64_t> steps, double lr,
@@ -75,7 +78,8 @@ void scale(Tensors grads, double factor) {
 STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_fast, m) {
   m.def(
       "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, int[] steps, "
-      "float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize) -> ()");
+      "float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, float grad_scale, "
+      "bool stochastic_rounding) -> ()");
   m.def(
       "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, int[] steps, float lr, "
       "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize) -> ()");

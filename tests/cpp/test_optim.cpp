@@ -34,14 +34,17 @@ struct Parameters {
 void check_adamw(const Threads& threads, Dtype dtype, Dtype grad_dtype, bool maximize) {
   constexpr double kLr = 0.01, kBeta1 = 0.9, kBeta2 = 0.95, kEps = 1e-8, kDecay = 0.1;
   constexpr int64_t kStep = 3;
+  constexpr float kGradScale = 0.75f;
   Parameters after(dtype, grad_dtype, kStep);
   const auto p = Parameters::copies(after.p), m = Parameters::copies(after.m), v = Parameters::copies(after.v);
-  bmf::adamw({after.list.data(), std::ssize(after.list), kLr, kBeta1, kBeta2, kEps, kDecay, maximize}, threads);
+  bmf::adamw(
+      {after.list.data(), std::ssize(after.list), kLr, kBeta1, kBeta2, kEps, kDecay, maximize, kGradScale, false},
+      threads);
   for (size_t k = 0; k < p.size(); ++k) {
     const int64_t n = p[k].count();
     Exact p_exact(1, n), m_exact(1, n), v_exact(1, n);
     for (int64_t i = 0; i < n; ++i) {
-      const double g = after.g[k][i] * (maximize ? -1 : 1);
+      const double g = after.g[k][i] * (maximize ? -1 : 1) * kGradScale;
       const double m_new = m[k][i] + (1 - kBeta1) * (g - m[k][i]), v_new = kBeta2 * v[k][i] + (1 - kBeta2) * g * g;
       const double divisor = std::sqrt(v_new / (1 - std::pow(kBeta2, kStep))) + kEps;
       const double rate = kLr / (1 - std::pow(kBeta1, kStep));

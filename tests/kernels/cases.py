@@ -160,7 +160,10 @@ def attentions(dtype: torch.dtype) -> Iterator[Case]:
 def optimizer(dtype: torch.dtype) -> Iterator[Case]:
     sizes = (50304 * 768, 768, 3, 0)
     params, grads = ([meta(n, dtype=t) for n in sizes] for t in (F32, dtype))
-    yield "adamw", partial(optim.adamw_, params, grads, params, params, [1] * 4, 1e-3, 0.9, 0.95, 1e-8, 0.1, False)
+    yield (
+        "adamw",
+        partial(optim.adamw_, params, grads, params, params, [1] * 4, 1e-3, 0.9, 0.95, 1e-8, 0.1, False, 1.0, True),
+    )
     yield "clip", partial(optim.clip_grad_norm, grads, 1.0)
 
 

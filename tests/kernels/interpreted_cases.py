@@ -127,7 +127,7 @@ def test_adamw(maximize: bool) -> None:
 
     params, grads, m, v = tensors(), tensors(), tensors(0.1), [t.square() for t in tensors(0.1)]
     steps = [3, 3, 3, 3, 3, 7]
-    numbers = (1e-2, 0.9, 0.99, 1e-8, 0.1, maximize)
+    numbers = (1e-2, 0.9, 0.99, 1e-8, 0.1, maximize, 0.75, False)
     ours, theirs = ([[t.clone() for t in ts] for ts in (params, grads, m, v)] for _ in range(2))
     optim.adamw_(*ours, steps, *numbers)
     native.adamw_(*theirs, steps, *numbers)
@@ -135,6 +135,24 @@ def test_adamw(maximize: bool) -> None:
         for a, e in zip(ours[i], theirs[i], strict=True):
             limit = numerics.ULPS * torch.finfo(a.dtype).eps * numerics.largest(e)
             assert numerics.max_error(a, e.double()) <= limit
+
+
+def test_adamw_rounds_stochastically() -> None:
+    """Every number goes to one of its two neighbours in bfloat16, and their mean to the number itself."""
+    count = 20_000
+    p, g, m, v = (torch.full((count,), x) for x in (1.0, 0.3, 0.1, 0.2))
+    narrow = [t.bfloat16() for t in (p, m, v)]
+    numbers = (1e-3, 0.9, 0.999, 1e-8, 0.0, False, 1.0)
+    start = [t.float() for t in narrow]
+    optim.adamw_([narrow[0]], [g], [narrow[1]], [narrow[2]], [2], *numbers, True)
+    exact = [t.clone() for t in start]
+    native.adamw_([exact[0]], [g], [exact[1]], [exact[2]], [2], *numbers, False)
+    for rounded, number in zip(narrow, exact, strict=True):
+        values = rounded.float().unique()
+        assert len(values) == 2
+        assert values[0] < number[0] < values[1]
+        spacing = (values[1] - values[0]).item()
+        assert abs(rounded.float().mean() - number[0]) < 4 * spacing / count**0.5
 
 
 @pytest.mark.parametrize("most", [0.5, 1e9])
