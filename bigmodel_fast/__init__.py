@@ -5,8 +5,9 @@ __version__ = "0.1.0"
 from . import ops
 from ._dispatch import explain
 from ._library import build_info, cpu_isa, working_memory
+from ._packed_weights import packed_weights
 
-__all__ = ["__version__", "build_info", "cpu_isa", "explain", "ops", "working_memory"]
+__all__ = ["__version__", "build_info", "cpu_isa", "explain", "ops", "packed_weights", "working_memory"]
 
 _SUBMODULES = ("data", "models", "nn", "optim", "train")
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/isa.h"
+#include "core/packed_weights.h"
 #include "core/scratch.h"
 
 namespace py = pybind11;
@@ -27,6 +28,14 @@ PYBIND11_MODULE(_C, m) {
       },
       "Instruction sets compiled in that this machine has, slowest first.");
   m.def("scratch_kept_bytes", &bmf::scratch_kept_bytes, "Bytes of working memory kept for later calls.");
+  m.def(
+      "hold_weights",
+      [](uintptr_t data, size_t bytes) { bmf::hold_weights(reinterpret_cast<const void*>(data), bytes); },
+      py::arg("data"), py::arg("bytes"), "Keep packed copies of weights in this memory until they are released.");
+  m.def(
+      "release_weights", [](uintptr_t data) { bmf::release_weights(reinterpret_cast<const void*>(data)); },
+      py::arg("data"), "End one hold of the memory that begins here.");
+  m.def("packed_weights_bytes", &bmf::packed_weights_bytes, "Bytes of all packed copies of held weights.");
   m.attr("scratch_kept_limit") = bmf::kScratchKeptLimit;
   py::dict build;
   build["compiler"] = BMF_COMPILER;

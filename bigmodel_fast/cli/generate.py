@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from .._packed_weights import packed_weights
 from ..train import ConfigError, load_checkpoint, pick_device, pick_dtype
 from .arguments import parse
 
@@ -60,7 +61,8 @@ def generate(
         # A token may stop inside a character, which is printed when its last byte is there.
         text = codecs.getincrementaldecoder("utf-8")(errors="replace")
         _show(prompt)
-        with torch.autocast(where.type, torch.bfloat16, enabled=pick_dtype(dtype, where) == "bf16"):
+        autocast = torch.autocast(where.type, torch.bfloat16, enabled=pick_dtype(dtype, where) == "bf16")
+        with autocast, packed_weights(model.parameters()):
             for new in model.stream(tokens, max_new_tokens, temperature, top_k, top_p, seed + i):
                 token = int(new)
                 if token == tokenizer.end:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import nn, ops
+from .._packed_weights import packed_weights
 from ..ops._heads import split_heads
 
 
@@ -254,7 +255,8 @@ class GPT(torch.nn.Module):
 
         Past `context` tokens the older half is forgotten.
         """
-        return torch.cat([tokens, *self.stream(tokens, max_new_tokens, temperature, top_k, top_p, seed)], dim=1)
+        with packed_weights(self.parameters()):
+            return torch.cat([tokens, *self.stream(tokens, max_new_tokens, temperature, top_k, top_p, seed)], dim=1)
 
     @torch.no_grad()
     def stream(
@@ -266,7 +268,10 @@ class GPT(torch.nn.Module):
         top_p: float | None = None,
         seed: int | None = None,
     ) -> Iterator[Tensor]:
-        """As `generate`, but yields each new token, [B, 1], as soon as it is there."""
+        """As `generate`, but yields each new token, [B, 1], as soon as it is there.
+
+        Faster within `bmf.packed_weights(model.parameters())`, if no one changes them meanwhile.
+        """
         if tokens.dim() != 2 or tokens.shape[1] < 1:
             raise ValueError(f"generate: tokens must be [B, S] with S >= 1, got {list(tokens.shape)}")
         if not temperature >= 0:

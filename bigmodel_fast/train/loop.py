@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._packed_weights import packed_weights
 from ..models import GPT
 from ..optim import cosine
 from . import setup
@@ -161,10 +162,11 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         loss = 0.0
-        for _ in range(optim.accumulation):
-            part = self._loss(*self.batches.next()) / optim.accumulation
-            part.backward()
-            loss += part.item()
+        with packed_weights(self.model.parameters() if optim.accumulation > 1 else ()):
+            for _ in range(optim.accumulation):
+                part = self._loss(*self.batches.next()) / optim.accumulation
+                part.backward()
+                loss += part.item()
         norm = self.optimizer.clip_grad_norm(optim.clip or math.inf).item()
         good = math.isfinite(loss) and math.isfinite(norm)
         if good:
@@ -187,7 +189,8 @@ class Trainer:
     @torch.no_grad()
     def _evaluate(self) -> None:
         batches = self.validation.spread(max(1, self.config.eval_sequences // self.validation.batch))
-        loss = sum(self._loss(*batch).item() for batch in batches) / len(batches)
+        with packed_weights(self.model.parameters()):
+            loss = sum(self._loss(*batch).item() for batch in batches) / len(batches)
         nats = loss * sum(targets.numel() for _, targets in batches)
         size = sum(int(self._byte_lengths[targets.numpy()].sum()) for _, targets in batches)
         self.evaluation = Evaluation(

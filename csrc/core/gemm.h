@@ -9,6 +9,7 @@
 // of it.
 #pragma once
 #include "core/microkernel.h"
+#include "core/packed_weights.h"
 #include "core/scratch.h"
 #include "core/threads.h"
 
@@ -78,13 +79,66 @@ template <class Mode>
 class OperandB {
  public:
   // To be filled by the caller at place(), with whole units and whole registers.
-  OperandB(int64_t k, int64_t n)
-      : units_(units_of<Mode>(k)), columns_(n), sources_(1), packed_(count() * units_ * kPanel * 4) {}
+  OperandB(int64_t k, int64_t n) : OperandB(k, n, 1, {}) {}
 
   template <class T, class... More>
   OperandB(const Threads& threads, int64_t k, int64_t n, const MatrixView<T>& first, const More&... more)
-      : units_(units_of<Mode>(k)), columns_(n), sources_(1 + sizeof...(more)), packed_(count() * units_ * kPanel * 4) {
+      : OperandB(k, n, 1 + sizeof...(more), {}) {
     const MatrixView<T> sources[] = {first, more...};
+    pack(threads, sources, k);
+  }
+
+  // The same of weights (one or two), packed once for as long as they are held.
+  template <class T, class... More>
+  static OperandB of_weights(const Threads& threads, int64_t k, int64_t n, const MatrixView<T>& first,
+                             const More&... more) {
+    return OperandB(OfWeights{}, threads, k, n, first, more...);
+  }
+
+  // Where a register of columns from `col` on stands, of the unit that `row` begins.
+  float* place(int64_t row, int64_t col) const {
+    return packed_ + (col / kPanel * units_ + row / Mode::kPerUnit) * kPanel + col % kPanel;
+  }
+  const float* panel(int64_t index) const { return packed_ + index * units_ * kPanel; }
+  int columns(int64_t index) const { return static_cast<int>(smaller(kPanel, columns_ - index / sources_ * kPanel)); }
+  int64_t count() const { return ceil_div(columns_, kPanel) * sources_; }
+  int64_t units() const { return units_; }
+
+ private:
+  struct OfWeights {};
+  template <class T>
+  static constexpr char kLayout = 0;  // of which the address counts
+
+  OperandB(int64_t k, int64_t n, int64_t sources, const PackedForm& form)
+      : units_(units_of<Mode>(k)),
+        columns_(n),
+        sources_(sources),
+        held_(form, bytes()),
+        own_(held_.data() ? 0 : bytes()),
+        packed_(held_.data() ? static_cast<float*>(held_.data()) : own_.template at<float>(0)) {}
+
+  template <class T, class... More>
+  OperandB(OfWeights, const Threads& threads, int64_t k, int64_t n, const MatrixView<T>& first, const More&... more)
+      : OperandB(k, n, 1 + sizeof...(more), form_of<T>(k, n, first, more...)) {
+    if (held_.filled()) return;
+    const MatrixView<T> sources[] = {first, more...};
+    pack(threads, sources, k);
+    held_.set_filled();
+  }
+
+  template <class T>
+  static PackedForm form_of(int64_t k, int64_t n, const MatrixView<T>& first, const MatrixView<T>& second = {}) {
+    return {{first.data, first.row_stride, first.col_stride},
+            {second.data, second.row_stride, second.col_stride},
+            k,
+            n,
+            &kLayout<T>};
+  }
+
+  size_t bytes() const { return static_cast<size_t>(count() * units_ * kPanel) * 4; }
+
+  template <class T>
+  void pack(const Threads& threads, const MatrixView<T>* sources, int64_t k) {
     const int64_t k_blocks = ceil_div(units_, kSweepUnits<Mode>);
     parallel_tasks(threads, count() * k_blocks, [&](int64_t task, int) {
       const int64_t index = task / k_blocks, unit = task % k_blocks * kSweepUnits<Mode>;
@@ -92,22 +146,14 @@ class OperandB {
       const MatrixView<T>& source = sources[index % sources_];
       const MatrixView<T> part{source.at(from, 0), source.row_stride, source.col_stride};
       pack_panel<Mode>(part, smaller(kSweepUnits<Mode> * Mode::kPerUnit, k - from), col, columns(index),
-                       packed_.template at<float>(0) + (index * units_ + unit) * kPanel);
+                       packed_ + (index * units_ + unit) * kPanel);
     });
   }
 
-  // Where a register of columns from `col` on stands, of the unit that `row` begins.
-  float* place(int64_t row, int64_t col) const {
-    return packed_.template at<float>(0) + (col / kPanel * units_ + row / Mode::kPerUnit) * kPanel + col % kPanel;
-  }
-  const float* panel(int64_t index) const { return packed_.template at<float>(0) + index * units_ * kPanel; }
-  int columns(int64_t index) const { return static_cast<int>(smaller(kPanel, columns_ - index / sources_ * kPanel)); }
-  int64_t count() const { return ceil_div(columns_, kPanel) * sources_; }
-  int64_t units() const { return units_; }
-
- private:
   int64_t units_, columns_, sources_;
-  Scratch packed_;
+  PackedWeights held_;
+  Scratch own_;
+  float* packed_;
 };
 
 template <class Mode>
@@ -172,11 +218,11 @@ inline void gemm(const Threads& threads, int64_t m, const Product<Mode>* product
   });
 }
 
-// C = A B.
+// C = A B, B weights.
 template <class Mode, class TA, class TB, class Epilogue>
 inline void gemm(const Threads& threads, const MatrixView<TA>& a, const MatrixView<TB>& b, int64_t m, int64_t n,
                  int64_t k, const Epilogue& epilogue) {
-  const OperandB<Mode> panels(threads, k, n, b);
+  const OperandB<Mode> panels = OperandB<Mode>::of_weights(threads, k, n, b);
   const OperandA<Mode> rows(threads, a, m, k);
   const Product<Mode> product{&rows, &panels};
   gemm<Mode>(threads, m, &product, 1, 1, epilogue);

@@ -50,7 +50,7 @@ void multiply_few_rows(const float* x, int64_t stride, const MatrixView<W>& w, i
 template <class Mode, class X, class W, class Epilogue>
 inline void dense_product(const Threads& threads, const MatrixView<X>& x, const MatrixView<W>& w, int64_t m, int64_t n,
                           int64_t k, const Epilogue& epilogue) {
-  if (m > kFewRows) return gemm<Mode>(threads, x, transposed(w), m, n, k, epilogue);
+  if (m > kFewRows || weights_held(w.data)) return gemm<Mode>(threads, x, transposed(w), m, n, k, epilogue);
   const int64_t stride = ceil_div(k, kLanes) * kLanes;
   const Scratch wide(m * stride * 4);
   for (int64_t r = 0; r < m; ++r)

@@ -45,7 +45,8 @@ void gated_mlp_forward(const GatedMlpFwdArgs& a, const Threads& threads) {
         if (up_out) store_lanes(up_out + at, up, lanes);
         store_lanes(h + at, activate<decltype(tag)::value, sizeof(X) == 2>(gate) * up, lanes);
       };
-      if (a.m <= kFewRows) {  // as linear does: nothing is packed for a product that reads each weight once
+      if (a.m <= kFewRows &&
+          !weights_held(a.w_gate)) {  // as linear does: nothing is packed for a product that reads each weight once
         const Scratch both(2 * a.m * f * sizeof(X));
         X *gate = gate_out ? gate_out : both.at<X>(0), *up = up_out ? up_out : both.at<X>(a.m * f * sizeof(X));
         dense_affine<Mode>(threads, x, w_gate, nullptr, gate, a.m, f, a.k);
@@ -55,7 +56,7 @@ void gated_mlp_forward(const GatedMlpFwdArgs& a, const Threads& threads) {
         });
         return;
       }
-      const OperandB<Mode> panels(threads, a.k, f, transposed(w_gate), transposed(w_up));
+      const OperandB<Mode> panels = OperandB<Mode>::of_weights(threads, a.k, f, transposed(w_gate), transposed(w_up));
       const OperandA<Mode> rows(threads, x, a.m, a.k);
       const Product<Mode> product{&rows, &panels};
       gemm<Mode>(threads, a.m, &product, 1, 2, [&](const Tile& tile) { for_gated_tile(tile, f, finish); });
@@ -97,7 +98,8 @@ void gated_mlp_backward(const GatedMlpBwdArgs& a, const Threads& threads) {
     if (a.dw_gate) dense_wgrad<Mode>(threads, dgate.panels(), x, static_cast<W*>(a.dw_gate), m, f, a.k);
     if (a.dw_up) dense_wgrad<Mode>(threads, dup.panels(), x, static_cast<W*>(a.dw_up), m, f, a.k);
     if (a.dx) {
-      const OperandB<Mode> gate_panels(threads, f, a.k, w_gate), up_panels(threads, f, a.k, w_up);
+      const OperandB<Mode> gate_panels = OperandB<Mode>::of_weights(threads, f, a.k, w_gate);
+      const OperandB<Mode> up_panels = OperandB<Mode>::of_weights(threads, f, a.k, w_up);
       const OperandA<Mode> gate_rows(threads, dgate.rows(), m, f), up_rows(threads, dup.rows(), m, f);
       const Product<Mode> products[] = {{&gate_rows, &gate_panels}, {&up_rows, &up_panels}};
       gemm<Mode>(threads, m, products, 2, 1, StoreTile<X>{static_cast<X*>(a.dx), a.k, a.k});

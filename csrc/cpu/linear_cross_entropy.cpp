@@ -133,7 +133,7 @@ class Chunks {
   }
 
   void multiply_logits(const OperandA<Mode>& x_rows, int64_t count, int64_t col, int64_t cols) const {
-    const OperandB<Mode> panels(threads_, args_.width, cols, transposed(weight(col)));
+    const OperandB<Mode> panels = OperandB<Mode>::of_weights(threads_, args_.width, cols, transposed(weight(col)));
     const Product<Mode> product{&x_rows, &panels};
     gemm<Mode>(threads_, count, &product, 1, 1, [&](const Tile& tile) {
       const int64_t at = tile.panel * kPanel, here = smaller(tile.panels * kPanel, cols - at);
@@ -254,7 +254,7 @@ class Chunks {
 
   // Summed over the blocks in float; the last block's sums are the result.
   void add_input_gradient(const MatrixView<Element>& g, int64_t first, int64_t count, int64_t col, int64_t cols) const {
-    const OperandB<Mode> panels(threads_, cols, args_.width, weight(col));
+    const OperandB<Mode> panels = OperandB<Mode>::of_weights(threads_, cols, args_.width, weight(col));
     const OperandA<Mode> rows(threads_, g, count, units_of<Mode>(cols) * Mode::kPerUnit);
     const Product<Mode> product{&rows, &panels};
     float* so_far = dx_.template at<float>(0);
