@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="needs the 
 LAYERS = (
     "_C",
     "_library",
+    "_packed_weights",
     "_dispatch",
     "kernels",
     "ops",
@@ -42,7 +43,7 @@ CPP_MAY_INCLUDE = {
     "ops": {"core", "cpu", "cuda", "ops"},
 }
 KERNELS_OF = {"attention_varlen": "attention"}  # a second front to the same kernels
-SHARED_STEMS = {"common", "targets", "optim", "peak", "microkernel"}  # in csrc, beside the operators
+SHARED_STEMS = {"common", "targets", "optim", "peak", "microkernel", "finish"}  # in csrc, beside the operators
 PYTHON_LINES, CPP_LINES = 400, 500
 
 

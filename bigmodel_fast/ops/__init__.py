@@ -5,6 +5,7 @@ from . import _triton  # noqa: F401  (and their implementations on CUDA)
 from .attention import attention
 from .attention_varlen import attention_varlen
 from .cross_entropy import cross_entropy
+from .dropout import dropout
 from .embedding import embedding
 from .gated_mlp import gated_mlp
 from .layer_norm import layer_norm
@@ -18,6 +19,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "cross_entropy",
+    "dropout",
     "embedding",
     "gated_mlp",
     "layer_norm",

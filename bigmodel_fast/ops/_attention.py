@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
-from . import _checks
+from . import _checks, _dense
 
 Window = int | tuple[int, int] | None
 
@@ -203,8 +203,7 @@ def apply(
     """Runs the kernels on checked arguments. sight: how far a query sees to the left and to the right."""
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.detach().to(torch.float32).contiguous()
-    # A tensor, so that a compiled graph draws a new one each time.
-    seed = torch.randint(1 << 62, (1,), dtype=torch.int64, device=query.device) if dropout_p > 0 else None
+    seed = _dense.draw_seed(dropout_p, query.device)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     tensors = (query, key, value, bias, alibi_slopes, key_lengths, *cu_seqlens, seed)
     return _Attention.apply(*tensors, (scale, softcap or 0.0, *sight, dropout_p))[0]

@@ -1,8 +1,11 @@
-"""What linear, mlp and gated_mlp share: checks, operands as the kernels take them, and when to save for backward."""
+"""What linear, mlp and gated_mlp share: checks, operands as the kernels take them, when to save for backward, and what
+is done to an output before it is stored (dropout and a residual), which is also an operator of its own.
+"""
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks
@@ -43,3 +46,34 @@ def wide(bias: Tensor | None) -> Tensor | None:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether backward may be asked for, so that forward has to save for it."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_finish(op: str, name: str, p: float, residual: Tensor | None, shape: tuple[int, ...]) -> None:
+    """A probability to drop, and a residual of the output's shape."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{op}: {name} must lie in [0, 1], got {p!r}")
+    _checks.shape(op, "residual", residual, shape, "(the output's)")
+
+
+def draw_seed(p: float, device: torch.device) -> Tensor | None:
+    """What the choices of one call follow from; a tensor, so that a compiled graph draws a new one each time."""
+    return torch.randint(1 << 62, (1,), dtype=torch.int64, device=device) if p > 0 else None
+
+
+def finished_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
+    """float32 where the residual is, else x's."""
+    return torch.float32 if residual is not None and residual.dtype is torch.float32 else x.dtype
+
+
+def finish(y: Tensor, p: float, residual: Tensor | None) -> Tensor:
+    """Plain torch."""
+    y = F.dropout(y, p)
+    return y if residual is None else residual + y
+
+
+def before_finish(dy: Tensor, seed: Tensor | None, p: float, dtype: torch.dtype) -> Tensor:
+    """The gradient of what was dropped from, as contiguous rows of `dtype`."""
+    dy = rows(dy)
+    if seed is None:
+        return dy.to(dtype).contiguous()
+    return torch.ops.bigmodel_fast.dropout_fwd(dy, seed, p, None, dtype)

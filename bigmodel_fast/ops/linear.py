@@ -1,4 +1,4 @@
-"""linear: y = activation(x W^T + b)."""
+"""linear: y = dropout(activation(x W^T + b)) + residual."""
 
 import torch
 import torch.nn.functional as F
@@ -10,15 +10,24 @@ from . import _checks, _dense
 from ._activation import activate
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    dropout_p: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
     """Plain torch; weights are brought to x's dtype."""
-    return activate(F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)), activation)
+    y = activate(F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)), activation)
+    return _dense.finish(y, dropout_p, residual)
 
 
 @torch.library.register_fake("bigmodel_fast::linear_fwd")
-def _(x, weight, bias, activation, save_pre):
+def _(x, weight, bias, activation, save_pre, residual=None, seed=None, dropout_p=0.0):
     m, n = x.shape[0], weight.shape[0]
-    return x.new_empty(m, n), x.new_empty(m if save_pre else 0, n)
+    return x.new_empty(m, n, dtype=_dense.finished_dtype(x, residual)), x.new_empty(m if save_pre else 0, n)
 
 
 @torch.library.register_fake("bigmodel_fast::linear_bwd")
@@ -33,63 +42,85 @@ def _(dy, x, weight, pre, activation, wants):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(x, weight, bias, activation, save_pre):
+    def forward(x, weight, bias, residual, seed, activation, save_pre, dropout_p):
         y, pre = torch.ops.bigmodel_fast.linear_fwd(
-            _dense.rows(x), _dense.rows(weight), _dense.wide(bias), activation, save_pre
+            _dense.rows(x),
+            _dense.rows(weight),
+            _dense.wide(bias),
+            activation,
+            save_pre,
+            None if residual is None else _dense.rows(residual),
+            seed,
+            dropout_p,
         )
         return y.view(*x.shape[:-1], weight.shape[0]), pre
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, ctx.activation, _ = inputs
+        x, weight, bias, residual, seed, ctx.activation, _, ctx.dropout_p = inputs
         _, pre = output
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.mark_non_differentiable(pre)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, pre)
+        ctx.save_for_backward(x, weight, pre, seed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, _):
         if dy is None:
-            return None, None, None, None, None
-        x, weight, pre = ctx.saved_tensors
+            return (None,) * 8
+        x, weight, pre, seed = ctx.saved_tensors
         wants = ctx.needs_input_grad[:3]
+        before = _dense.before_finish(dy, seed, ctx.dropout_p, x.dtype)
         dx, dweight, dbias = torch.ops.bigmodel_fast.linear_bwd(
-            _dense.rows(dy).contiguous(), _dense.rows(x), _dense.rows(weight), pre, ctx.activation, wants
+            before, _dense.rows(x), _dense.rows(weight), pre, ctx.activation, wants
         )
         return (
             dx.view(x.shape) if wants[0] else None,
             dweight if wants[1] else None,
             dbias.to(ctx.bias_dtype) if wants[2] else None,
-            None,
-            None,
+            dy.to(ctx.residual_dtype) if ctx.needs_input_grad[3] else None,
+            *(None,) * 4,
         )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
-    """A dense layer with its activation: activation(x W^T + b).
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    dropout_p: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """A dense layer with what follows it: dropout(activation(x W^T + b)) + residual.
 
     Args:
         x: [..., in], any strides; float32, bfloat16 or (by reference) another floating dtype.
         weight: [out, in], torch's layout; may be float32 with a bfloat16 x.
         bias: [out] or None.
         activation: "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "relu2" (the square of relu) or None.
+        dropout_p: probability with which an element is dropped, as by ops.dropout.
+        residual: [..., out], added last; its dtype may differ.
 
     Returns:
-        [..., out] in x's dtype (autocast's within an autocast region), summed in float32.
+        [..., out] in x's dtype (autocast's within an autocast region), or float32 with a float32 residual; summed in
+        float32.
 
     Raises:
         TypeError: an argument is no floating-point tensor.
         ValueError: shapes or devices do not fit together, or the activation is unknown.
     """
-    _checks.floating("linear", x=x, weight=weight, **_checks.given(bias=bias))
+    _checks.floating("linear", x=x, weight=weight, **_checks.given(bias=bias, residual=residual))
     _dense.check_input("linear", x)
     _dense.check_weight("linear", "weight", weight, None, x.shape[-1], "(x's last dimension)")
     _checks.shape("linear", "bias", bias, (weight.shape[0],), "(one per row of weight)")
     _checks.choice("linear", "activation", activation, (None, *_checks.ACTIVATIONS))
+    _dense.check_finish("linear", "dropout_p", dropout_p, residual, (*x.shape[:-1], weight.shape[0]))
     x, weight = _dense.operands(x, weight)
-    if not _dispatch.use_native("linear", _dispatch.unsupported(x, weight, bias), x):
-        return reference(x, weight, bias, activation=activation)
+    if not _dispatch.use_native("linear", _dispatch.unsupported(x, weight, bias, residual), x):
+        return reference(x, weight, bias, activation=activation, dropout_p=dropout_p, residual=residual)
     save_pre = activation is not None and _dense.needs_grad(x, weight, bias)
-    return _Linear.apply(x, weight, bias, activation or "none", save_pre)[0]
+    seed = _dense.draw_seed(dropout_p, x.device)
+    return _Linear.apply(x, weight, bias, residual, seed, activation or "none", save_pre, dropout_p)[0]

@@ -96,5 +96,9 @@ BMF_INLINE Vec keep_lanes(Vec v, uint32_t bits) {
   return select(((VecI{} + static_cast<int32_t>(bits)) & bit) != 0, v, Vec{});
 #endif
 }
+// v where it is kept; `column` is that of its first lane, in its group.
+BMF_INLINE Vec keep_at(Vec v, const uint16_t* keep, int64_t column) {
+  return keep_lanes(v, static_cast<uint32_t>(keep[column / 16]) >> (column % 16));
+}
 
 }  // namespace bmf::BMF_ISA

@@ -20,6 +20,13 @@ struct Rows {
   Dtype dtype;
 };
 
+// What is done to an output before it is stored: y = dropout(y) + residual.
+struct Finish {
+  float dropout;  // the probability to drop an element, 0 for none; what is left is divided by its complement
+  uint64_t seed;  // of the choices
+  Rows residual;
+};
+
 enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu, sigmoid, tanh, relu2 };
 
 }  // namespace bmf

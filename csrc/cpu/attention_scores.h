@@ -169,8 +169,5 @@ BMF_INLINE void dropout_row(const AttentionArgs& a, int64_t sequence, int64_t he
   dropout_choices(a.seed, static_cast<uint32_t>(sequence * a.heads + head), static_cast<uint32_t>(row),
                   static_cast<uint32_t>(group), static_cast<uint32_t>(a.dropout * 65536.0f + 0.5f), keep);
 }
-BMF_INLINE Vec keep_at(Vec v, const uint16_t* keep, int64_t column) {
-  return keep_lanes(v, static_cast<uint32_t>(keep[column / 16]) >> (column % 16));
-}
 
 }  // namespace bmf::BMF_ISA

@@ -3,6 +3,7 @@
 #pragma once
 #include "core/activation.h"
 #include "core/gemm.h"
+#include "cpu/finish.h"
 
 namespace bmf::BMF_ISA {
 
@@ -64,34 +65,64 @@ inline void dense_product(const Threads& threads, const MatrixView<X>& x, const 
   });
 }
 
+// Where a dense layer's output goes: y [m, n], through `finish` if there is something to be done.
+struct DenseOutput {
+  void* y;
+  Dtype dtype;
+  const Finish* finish;
+
+  template <class X>
+  static DenseOutput plain(X* y) {
+    return {y, sizeof(X) == 2 ? Dtype::bfloat16 : Dtype::float32, nullptr};
+  }
+  static DenseOutput finished(void* y, Dtype dtype, const Finish& finish) {
+    return {y, dtype, finish.dropout > 0 || finish.residual.data ? &finish : nullptr};
+  }
+};
+
+__attribute__((noinline)) inline void finish_tile(const Tile& tile, int64_t n, const DenseOutput& out) {
+  with_type(out.dtype, [&](auto type) {
+    using Y = decltype(type);
+    Finisher<Y> finisher(*out.finish, static_cast<Y*>(out.y), n);
+    for_tile(tile, n, [&](int64_t row, int64_t col, int lanes, Vec v) { finisher.store(row, col, lanes, v); });
+  });
+}
+
 // Epilogue of y = activation(x W^T + b); x W^T + b itself goes to `pre` unless that is null.
 template <Activation kind, class X>
 struct DenseEpilogue {
   const float* bias;  // or null
-  X *y, *pre;
+  DenseOutput out;    // in X's dtype where it is not finished
+  X* pre;
   int64_t n;
   void operator()(const Tile& tile) const {
+    X* y = out.finish ? nullptr : static_cast<X*>(out.y);
     for_tile(tile, n, [&](int64_t row, int64_t col, int lanes, Vec v) {
       if (bias) v += load_lanes(bias + col, lanes);
       if (pre) store_lanes(pre + row * n + col, v, lanes);
-      store_lanes(y + row * n + col, activate<kind, sizeof(X) == 2>(v), lanes);
+      v = activate<kind, sizeof(X) == 2>(v);
+      if (y)
+        store_lanes(y + row * n + col, v, lanes);
+      else
+        store(tile.sums + (row - tile.row) * Tile::stride + col - tile.panel * kPanel, v);
     });
+    if (out.finish) finish_tile(tile, n, out);
   }
 };
 
 template <class Mode, class X, class W>
 inline void dense_forward(const Threads& threads, const MatrixView<X>& x, const MatrixView<W>& w, const float* bias,
-                          Activation activation, X* y, X* pre, int64_t m, int64_t n, int64_t k) {
+                          Activation activation, const DenseOutput& out, X* pre, int64_t m, int64_t n, int64_t k) {
   with_activation(activation, [&](auto tag) {
-    dense_product<Mode>(threads, x, w, m, n, k, DenseEpilogue<decltype(tag)::value, X>{bias, y, pre, n});
+    dense_product<Mode>(threads, x, w, m, n, k, DenseEpilogue<decltype(tag)::value, X>{bias, out, pre, n});
   });
 }
 
 // y = x W^T + b. Not dense_forward with Activation::none, which would compile the product once for each activation.
 template <class Mode, class X, class W>
 inline void dense_affine(const Threads& threads, const MatrixView<X>& x, const MatrixView<W>& w, const float* bias,
-                         X* y, int64_t m, int64_t n, int64_t k) {
-  dense_product<Mode>(threads, x, w, m, n, k, DenseEpilogue<Activation::none, X>{bias, y, nullptr, n});
+                         const DenseOutput& out, int64_t m, int64_t n, int64_t k) {
+  dense_product<Mode>(threads, x, w, m, n, k, DenseEpilogue<Activation::none, X>{bias, out, nullptr, n});
 }
 
 // dx = g W.

@@ -49,8 +49,8 @@ void gated_mlp_forward(const GatedMlpFwdArgs& a, const Threads& threads) {
           !weights_held(a.w_gate)) {  // as linear does: nothing is packed for a product that reads each weight once
         const Scratch both(2 * a.m * f * sizeof(X));
         X *gate = gate_out ? gate_out : both.at<X>(0), *up = up_out ? up_out : both.at<X>(a.m * f * sizeof(X));
-        dense_affine<Mode>(threads, x, w_gate, nullptr, gate, a.m, f, a.k);
-        dense_affine<Mode>(threads, x, w_up, nullptr, up, a.m, f, a.k);
+        dense_affine<Mode>(threads, x, w_gate, nullptr, DenseOutput::plain(gate), a.m, f, a.k);
+        dense_affine<Mode>(threads, x, w_up, nullptr, DenseOutput::plain(up), a.m, f, a.k);
         for_lanes(a.m * f, [&](int64_t i, int lanes) {
           finish(0, i, lanes, load_lanes(gate + i, lanes), load_lanes(up + i, lanes));
         });
@@ -61,7 +61,8 @@ void gated_mlp_forward(const GatedMlpFwdArgs& a, const Threads& threads) {
       const Product<Mode> product{&rows, &panels};
       gemm<Mode>(threads, a.m, &product, 1, 2, [&](const Tile& tile) { for_gated_tile(tile, f, finish); });
     });
-    dense_affine<Mode>(threads, MatrixView<X>{h, f, 1}, w_down, nullptr, static_cast<X*>(a.y), a.m, a.n, f);
+    dense_affine<Mode>(threads, MatrixView<X>{h, f, 1}, w_down, nullptr,
+                       DenseOutput::finished(a.y, a.y_dtype, a.finish), a.m, a.n, f);
   });
 }
 

@@ -1,4 +1,4 @@
-// gated_mlp: y = (activation(x Wg^T) * (x Wu^T)) Wd^T.
+// gated_mlp: y = dropout((activation(x Wg^T) * (x Wu^T)) Wd^T) + residual.
 //
 // x [m, k], Wg and Wu [f, k], Wd [n, f] with contiguous rows; y, dy [m, n], gate and up (x Wg^T, x Wu^T) [m, f] and dx
 // [m, k] contiguous, in x's dtype; weight gradients in the weights' dtype. float32 x needs float32 weights.
@@ -15,6 +15,8 @@ struct GatedMlpFwdArgs {
   const void *x, *w_gate, *w_up, *w_down;
   Activation activation;
   void *y, *gate, *up;  // gate and up: null where backward will not need them
+  Dtype y_dtype;        // x's, or float32 with a residual
+  Finish finish;
 };
 
 struct GatedMlpBwdArgs {

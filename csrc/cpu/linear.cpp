@@ -1,5 +1,5 @@
-// y = activation(x W^T + b): one GEMM with the rest in its epilogue. Backward: g = dy * activation'(pre) and the bias
-// gradient in one pass, then dx = g W and dW = g^T x.
+// y = dropout(activation(x W^T + b)) + residual: one GEMM with the rest in its epilogue. Backward: g = dy *
+// activation'(pre) and the bias gradient in one pass, then dx = g W and dW = g^T x.
 //
 // bf16 with float weights converts them on the way into the packed panels, so no bf16 copy of the weights is ever
 // stored.
@@ -16,8 +16,9 @@ void linear_forward(const LinearFwdArgs& a, const Threads& threads) {
     using W = typename Types::Weight;
     const MatrixView<X> x{static_cast<const X*>(a.x), a.x_stride, 1};
     const MatrixView<W> weight{static_cast<const W*>(a.weight), a.weight_stride, 1};
-    dense_forward<typename Types::Mode>(threads, x, weight, a.bias, a.activation, static_cast<X*>(a.y),
-                                        static_cast<X*>(a.pre), a.m, a.n, a.k);
+    const DenseOutput out = DenseOutput::finished(a.y, a.y_dtype, a.finish);
+    dense_forward<typename Types::Mode>(threads, x, weight, a.bias, a.activation, out, static_cast<X*>(a.pre), a.m, a.n,
+                                        a.k);
   });
 }
 

@@ -1,4 +1,4 @@
-// linear: y = activation(x W^T + b).
+// linear: y = dropout(activation(x W^T + b)) + residual.
 //
 // x [m, k] and W [n, k] with contiguous rows; y, dy, pre [m, n] and dx [m, k] contiguous, in x's dtype; bias and its
 // gradient float; the weight's gradient in the weight's dtype. float32 x needs float32 W.
@@ -16,6 +16,8 @@ struct LinearFwdArgs {
   const float* bias;  // or null
   Activation activation;
   void *y, *pre;  // pre (x W^T + b): null where backward will not need it
+  Dtype y_dtype;  // x's, or float32 with a residual
+  Finish finish;
 };
 
 struct LinearBwdArgs {

@@ -18,10 +18,10 @@ void mlp_forward(const MlpFwdArgs& a, const Threads& threads) {
     X* h = hidden.at<X>(0);
     const MatrixView<W> w1{static_cast<const W*>(a.w1), a.w1_stride, 1},
         w2{static_cast<const W*>(a.w2), a.w2_stride, 1};
-    dense_forward<Mode>(threads, MatrixView<X>{static_cast<const X*>(a.x), a.x_stride, 1}, w1, a.b1, a.activation, h,
-                        static_cast<X*>(a.pre), a.m, a.f, a.k);
-    dense_forward<Mode>(threads, MatrixView<X>{h, a.f, 1}, w2, a.b2, Activation::none, static_cast<X*>(a.y),
-                        static_cast<X*>(nullptr), a.m, a.n, a.f);
+    dense_forward<Mode>(threads, MatrixView<X>{static_cast<const X*>(a.x), a.x_stride, 1}, w1, a.b1, a.activation,
+                        DenseOutput::plain(h), static_cast<X*>(a.pre), a.m, a.f, a.k);
+    dense_affine<Mode>(threads, MatrixView<X>{h, a.f, 1}, w2, a.b2, DenseOutput::finished(a.y, a.y_dtype, a.finish),
+                       a.m, a.n, a.f);
   });
 }
 

@@ -1,4 +1,4 @@
-// mlp: y = activation(x W1^T + b1) W2^T + b2.
+// mlp: y = dropout(activation(x W1^T + b1) W2^T + b2) + residual.
 //
 // x [m, k], W1 [f, k], W2 [n, f] with contiguous rows; y, dy [m, n], pre [m, f] and dx [m, k] contiguous, in x's dtype;
 // biases and their gradients float; weight gradients in the weights' dtype. float32 x needs float32 weights.
@@ -16,6 +16,8 @@ struct MlpFwdArgs {
   const float *b1, *b2;  // or null
   Activation activation;
   void *y, *pre;  // pre (x W1^T + b1): null where backward will not need it
+  Dtype y_dtype;  // x's, or float32 with a residual
+  Finish finish;
 };
 
 struct MlpBwdArgs {

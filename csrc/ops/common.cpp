@@ -18,6 +18,21 @@ Activation parse_activation(const std::string& name) {
   STD_TORCH_CHECK(false, "unknown activation '", name, "'");
 }
 
+Finish finish_of(const std::optional<Tensor>& residual, const std::optional<Tensor>& seed, double p, const char* op) {
+  Finish finish{static_cast<float>(p), 0, {nullptr, 0, Dtype::float32}};
+  if (p > 0) {
+    STD_TORCH_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
+                    ": dropout needs one int64 seed");
+    finish.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+  }
+  if (residual) {
+    STD_TORCH_CHECK(residual->dim() == 2 && (residual->size(1) < 2 || residual->stride(1) == 1), op,
+                    ": residual must be [rows, width] with contiguous rows");
+    finish.residual = {residual->data_ptr(), residual->stride(0), kernel_dtype(*residual, op, "residual")};
+  }
+  return finish;
+}
+
 RowTensor row_tensor(const Tensor& t, const char* op, const char* name) {
   const Dtype dtype = kernel_dtype(t, op, name);
   const int64_t last = t.dim() - 1, width = t.size(last);

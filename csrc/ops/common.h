@@ -50,6 +50,13 @@ inline T* optional_data(const std::optional<Tensor>& t) {
   return t ? static_cast<T*>(t->data_ptr()) : nullptr;
 }
 
+// y = dropout(y) + residual, of a residual [rows, width] with contiguous rows and one int64 seed.
+Finish finish_of(const std::optional<Tensor>& residual, const std::optional<Tensor>& seed, double p, const char* op);
+// The output's dtype: x's, or float32 if the residual is.
+inline ScalarType finished_dtype(const Tensor& x, const std::optional<Tensor>& residual) {
+  return residual && residual->scalar_type() == ScalarType::Float ? ScalarType::Float : x.scalar_type();
+}
+
 Activation parse_activation(const std::string& name);  // throws for an unknown name
 
 // A tensor seen as rows of its last dimension. Leading dimensions are folded into one; where the strides allow no such

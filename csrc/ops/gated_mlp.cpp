@@ -8,9 +8,11 @@ namespace {
 
 // y and, if they are to be saved, x Wg^T and x Wu^T (empty tensors otherwise).
 std::tuple<Tensor, Tensor, Tensor> gated_mlp_fwd(const Tensor& x, const Tensor& w_gate, const Tensor& w_up,
-                                                 const Tensor& w_down, std::string activation, bool save) {
+                                                 const Tensor& w_down, std::string activation, bool save,
+                                                 const std::optional<Tensor>& residual,
+                                                 const std::optional<Tensor>& seed, double dropout_p) {
   const int64_t m = x.size(0), f = w_gate.size(0), k = w_gate.size(1), n = w_down.size(0);
-  Tensor y = empty({m, n}, x.scalar_type(), x);
+  Tensor y = empty({m, n}, finished_dtype(x, residual), x);
   Tensor gate = empty({save ? m : 0, f}, x.scalar_type(), x);
   Tensor up = empty({save ? m : 0, f}, x.scalar_type(), x);
   gated_mlp_forward({.x_dtype = kernel_dtype(x, "gated_mlp", "x"),
@@ -30,7 +32,9 @@ std::tuple<Tensor, Tensor, Tensor> gated_mlp_fwd(const Tensor& x, const Tensor& 
                      .activation = parse_activation(activation),
                      .y = y.mutable_data_ptr(),
                      .gate = save ? gate.mutable_data_ptr() : nullptr,
-                     .up = save ? up.mutable_data_ptr() : nullptr},
+                     .up = save ? up.mutable_data_ptr() : nullptr,
+                     .y_dtype = kernel_dtype(y, "gated_mlp", "y"),
+                     .finish = finish_of(residual, seed, dropout_p, "gated_mlp")},
                     torch_threads());
   return {y, gate, up};
 }
@@ -77,8 +81,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_mlp_bwd(const Tensor& dy, const
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_fast, m) {
   m.def(
-      "gated_mlp_fwd(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, str activation, bool save) -> (Tensor y, "
-      "Tensor gate, Tensor up)");
+      "gated_mlp_fwd(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, str activation, bool save, "
+      "Tensor? residual=None, Tensor? seed=None, float dropout_p=0.0) -> (Tensor y, Tensor gate, Tensor up)");
   m.def(
       "gated_mlp_bwd(Tensor dy, Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor gate, Tensor up, str "
       "activation, bool[] wants) -> (Tensor dx, Tensor dw_gate, Tensor dw_up, Tensor dw_down)");

@@ -8,9 +8,10 @@ namespace {
 
 // y and, if it is to be saved, what the activation was applied to (an empty tensor otherwise).
 std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                      std::string activation, bool save_pre) {
+                                      std::string activation, bool save_pre, const std::optional<Tensor>& residual,
+                                      const std::optional<Tensor>& seed, double dropout_p) {
   const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
-  Tensor y = empty({m, n}, x.scalar_type(), x);
+  Tensor y = empty({m, n}, finished_dtype(x, residual), x);
   Tensor pre = empty({save_pre ? m : 0, n}, x.scalar_type(), x);
   linear_forward({.x_dtype = kernel_dtype(x, "linear", "x"),
                   .weight_dtype = kernel_dtype(weight, "linear", "weight"),
@@ -24,7 +25,9 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const Tensor& weight, con
                   .bias = optional_data<float>(bias),
                   .activation = parse_activation(activation),
                   .y = y.mutable_data_ptr(),
-                  .pre = save_pre ? pre.mutable_data_ptr() : nullptr},
+                  .pre = save_pre ? pre.mutable_data_ptr() : nullptr,
+                  .y_dtype = kernel_dtype(y, "linear", "y"),
+                  .finish = finish_of(residual, seed, dropout_p, "linear")},
                  torch_threads());
   return {y, pre};
 }
@@ -60,7 +63,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dy, const Tensor& x,
 }  // namespace bmf
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_fast, m) {
-  m.def("linear_fwd(Tensor x, Tensor weight, Tensor? bias, str activation, bool save_pre) -> (Tensor y, Tensor pre)");
+  m.def(
+      "linear_fwd(Tensor x, Tensor weight, Tensor? bias, str activation, bool save_pre, "
+      "Tensor? residual=None, Tensor? seed=None, float dropout_p=0.0) -> (Tensor y, Tensor pre)");
   m.def(
       "linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor pre, str activation, bool[] wants) -> (Tensor dx, Tensor "
       "dweight, Tensor dbias)");

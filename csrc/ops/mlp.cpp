@@ -8,9 +8,11 @@ namespace {
 
 // y and, if it is to be saved, what the activation was applied to (an empty tensor otherwise).
 std::tuple<Tensor, Tensor> mlp_fwd(const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2,
-                                   const std::optional<Tensor>& b2, std::string activation, bool save_pre) {
+                                   const std::optional<Tensor>& b2, std::string activation, bool save_pre,
+                                   const std::optional<Tensor>& residual, const std::optional<Tensor>& seed,
+                                   double dropout_p) {
   const int64_t m = x.size(0), f = w1.size(0), k = w1.size(1), n = w2.size(0);
-  Tensor y = empty({m, n}, x.scalar_type(), x);
+  Tensor y = empty({m, n}, finished_dtype(x, residual), x);
   Tensor pre = empty({save_pre ? m : 0, f}, x.scalar_type(), x);
   mlp_forward({.x_dtype = kernel_dtype(x, "mlp", "x"),
                .weight_dtype = kernel_dtype(w1, "mlp", "w1"),
@@ -28,7 +30,9 @@ std::tuple<Tensor, Tensor> mlp_fwd(const Tensor& x, const Tensor& w1, const std:
                .b2 = optional_data<float>(b2),
                .activation = parse_activation(activation),
                .y = y.mutable_data_ptr(),
-               .pre = save_pre ? pre.mutable_data_ptr() : nullptr},
+               .pre = save_pre ? pre.mutable_data_ptr() : nullptr,
+               .y_dtype = kernel_dtype(y, "mlp", "y"),
+               .finish = finish_of(residual, seed, dropout_p, "mlp")},
               torch_threads());
   return {y, pre};
 }
@@ -73,8 +77,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(const Tensor& dy, con
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_fast, m) {
   m.def(
-      "mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, bool save_pre) -> (Tensor y, "
-      "Tensor pre)");
+      "mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, bool save_pre, "
+      "Tensor? residual=None, Tensor? seed=None, float dropout_p=0.0) -> (Tensor y, Tensor pre)");
   m.def(
       "mlp_bwd(Tensor dy, Tensor x, Tensor w1, Tensor w2, Tensor pre, str activation, bool[] wants) -> (Tensor dx, "
       "Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)");

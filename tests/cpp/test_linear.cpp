@@ -22,8 +22,21 @@ void check(const Threads& threads, Shape s, Dtype x_dtype, Dtype weight_dtype, A
   const Exact x_exact(x, m, k, x_stride), weight_exact(weight, n, k, weight_stride);
 
   Array y(x_dtype, m * n), pre(x_dtype, m * n);
-  bmf::linear_forward({x_dtype, weight_dtype, m, n, k, x_stride, weight_stride, x.data(), weight.data(), bias.floats(),
-                       activation, y.data(), pre.data()},
+  bmf::linear_forward({x_dtype,
+                       weight_dtype,
+                       m,
+                       n,
+                       k,
+                       x_stride,
+                       weight_stride,
+                       x.data(),
+                       weight.data(),
+                       bias.floats(),
+                       activation,
+                       y.data(),
+                       pre.data(),
+                       x_dtype,
+                       {}},
                       threads);
   const Exact pre_exact = with_row(product(x_exact, transposed(weight_exact)), bias);
   CHECK_CLOSE(pre, pre_exact, x_dtype);
@@ -52,8 +65,21 @@ void check_activations(const Threads& threads) {
   for (int64_t i = 0; i < kPoints; ++i) x.set(i, static_cast<float>(i - kPoints / 2) / 100);
   for (const Activation kind : kActivations) {
     Array y(Dtype::float32, kPoints);
-    bmf::linear_forward({Dtype::float32, Dtype::float32, kPoints, 1, 1, 1, 1, x.data(), weight.data(), one.floats(),
-                         kind, y.data(), nullptr},
+    bmf::linear_forward({Dtype::float32,
+                         Dtype::float32,
+                         kPoints,
+                         1,
+                         1,
+                         1,
+                         1,
+                         x.data(),
+                         weight.data(),
+                         one.floats(),
+                         kind,
+                         y.data(),
+                         nullptr,
+                         Dtype::float32,
+                         {}},
                         threads);
     CHECK_CLOSE(y, mapped(Exact(x, kPoints, 1), 0.5, [&](double v) { return activate(kind, v); }), Dtype::float32);
   }

@@ -29,8 +29,25 @@ void check_mlp(const Threads& threads, const Case& c) {
   const Exact x_exact(x, m, k), w1_exact(w1, f, k), w2_exact(w2, n, f), dy_exact(dy, m, n);
 
   Array y(x_dtype, m * n), pre(x_dtype, m * f);
-  bmf::mlp_forward({x_dtype, weight_dtype, m, n, f, k, k, k, f, x.data(), w1.data(), w2.data(), b1.floats(),
-                    b2.floats(), kKind, y.data(), pre.data()},
+  bmf::mlp_forward({x_dtype,
+                    weight_dtype,
+                    m,
+                    n,
+                    f,
+                    k,
+                    k,
+                    k,
+                    f,
+                    x.data(),
+                    w1.data(),
+                    w2.data(),
+                    b1.floats(),
+                    b2.floats(),
+                    kKind,
+                    y.data(),
+                    pre.data(),
+                    x_dtype,
+                    {}},
                    threads);
   const Exact pre_exact = with_row(product(x_exact, transposed(w1_exact)), b1);
   CHECK_CLOSE(pre, pre_exact, x_dtype);
@@ -61,9 +78,10 @@ void check_gated_mlp(const Threads& threads, const Case& c) {
   const Exact gate_weight(w_gate, f, k), up_weight(w_up, f, k), down_weight(w_down, n, f);
 
   Array y(x_dtype, m * n), gate(x_dtype, m * f), up(x_dtype, m * f);
-  bmf::gated_mlp_forward({x_dtype, weight_dtype, m, n, f, k, k, k, k, f, x.data(), w_gate.data(), w_up.data(),
-                          w_down.data(), kKind, y.data(), gate.data(), up.data()},
-                         threads);
+  bmf::gated_mlp_forward(
+      {x_dtype,     weight_dtype,  m,     n,        f,           k,         k,       k, k, f, x.data(), w_gate.data(),
+       w_up.data(), w_down.data(), kKind, y.data(), gate.data(), up.data(), x_dtype, {}},
+      threads);
   const Exact gate_exact = product(x_exact, transposed(gate_weight)),
               up_exact = product(x_exact, transposed(up_weight));
   CHECK_CLOSE(gate, gate_exact, x_dtype);

@@ -25,7 +25,9 @@ Array multiply(const Array& x, const Array& weight, const Threads& threads) {
                        .bias = nullptr,
                        .activation = bmf::Activation::none,
                        .y = y.data(),
-                       .pre = nullptr},
+                       .pre = nullptr,
+                       .y_dtype = x.dtype(),
+                       .finish = {}},
                       threads);
   return y;
 }

@@ -6,9 +6,19 @@ from . import Error, Sample, Spec, normal, weight
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "relu2")
 
 
-def sample(rows: tuple[int, ...], k: int, n: int, bias: bool = True, activation: str | None = None) -> Sample:
+def sample(
+    rows: tuple[int, ...],
+    k: int,
+    n: int,
+    bias: bool = True,
+    activation: str | None = None,
+    residual: bool = False,
+    **options: float,
+) -> Sample:
     args = {"x": normal(*rows, k), "weight": weight(n, k), **({"bias": weight(n)} if bias else {})}
-    return Sample(args, {"activation": activation})
+    if residual:
+        args["residual"] = weight(*rows, n)  # float32 beside a bfloat16 x
+    return Sample(args, {"activation": activation, **options})
 
 
 SPECS = (
@@ -19,6 +29,8 @@ SPECS = (
             sample((), 17, 5, bias=False),
             *(sample((2, 3), 33, 20, activation=a) for a in ACTIVATIONS),
             sample((7,), 65, 130, bias=False, activation="silu"),
+            sample((2, 9), 17, 70, activation="gelu", residual=True),
+            sample((2, 9), 17, 70, residual=True, dropout_p=1.0),
             sample((150,), 200, 132, activation="gelu"),
         ),
         tail=lambda n: sample((n % 13 + 1,), n, n * 7 % 71 + 1, activation="gelu"),
@@ -39,6 +51,8 @@ SPECS = (
             Error({"weight": torch.zeros(3, 8)}, ValueError, "weight", "float32[3, 8]", "[out, 7]"),
             Error({"weight": torch.zeros(3, 7, device="meta")}, ValueError, "weight", "on meta", "on cpu"),
             Error({"bias": torch.zeros(4)}, ValueError, "bias", "float32[4]", "[3]"),
+            Error({"residual": torch.zeros(5, 7)}, ValueError, "residual", "float32[5, 7]", "[5, 3]"),
+            Error({"dropout_p": -0.1}, ValueError, "dropout_p", "-0.1", "[0, 1]"),
             Error({"activation": "swish"}, ValueError, "activation", "'swish'", "gelu"),
         ),
         autocast="cast",

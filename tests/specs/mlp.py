@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import torch
 from hypothesis import strategies as st
 
@@ -12,6 +14,11 @@ def sample(rows: tuple[int, ...], k: int, hidden: int, n: int, biases: bool = Tr
     return Sample({**args, "b1": weight(hidden), "b2": weight(n)}, {"activation": activation})
 
 
+def with_residual(rows: tuple[int, ...], k: int, hidden: int, n: int) -> Sample:
+    plain = sample(rows, k, hidden, n)
+    return replace(plain, args={**plain.args, "residual": weight(*rows, n)})
+
+
 SPECS = (
     Spec(
         name="mlp",
@@ -19,6 +26,7 @@ SPECS = (
             sample((3,), 5, 6, 4),
             *(sample((2, 3), 17, 40, 9, activation=a) for a in ACTIVATIONS),
             sample((), 33, 70, 20, biases=False),
+            with_residual((2, 9), 17, 40, 70),
             sample((130,), 96, 200, 80),
         ),
         tail=lambda n: sample((n % 13 + 1,), n * 5 % 37 + 1, n, n * 7 % 71 + 1),
