@@ -8,6 +8,7 @@ import torch
 from bigmodel_fast.kernels import (
     attention,
     cross_entropy,
+    embedding,
     gated_mlp,
     layer_norm,
     linear,
@@ -74,6 +75,14 @@ def losses(dtype: torch.dtype) -> Iterator[Case]:
     each = partial(linear_cross_entropy.linear_cross_entropy_bwd, meta(4096), x, w, None, target)
     yield "linear_cross_entropy-none", partial(each, -100, 0.0, 0.0, "none", [True, True, False])
     yield "scale", partial(linear_cross_entropy.scale_gradients, [x, w], meta())
+
+
+def embeddings(dtype: torch.dtype) -> Iterator[Case]:
+    token = meta(8192, dtype=torch.int64)
+    for classes, width in ((50304, 768), (128256, 4096), (65, 10)):
+        yield f"embedding-{width}", partial(embedding.embedding_fwd, token, meta(classes, width, dtype=dtype))
+        grad = meta(8192, width, dtype=dtype)
+        yield f"embedding-backward-{width}", partial(embedding.embedding_bwd, grad, token, classes, dtype)
 
 
 @dataclass(frozen=True)
@@ -161,6 +170,10 @@ def optimizer(dtype: torch.dtype) -> Iterator[Case]:
     sizes = (50304 * 768, 768, 3, 0)
     params, grads = ([meta(n, dtype=t) for n in sizes] for t in (F32, dtype))
     yield "adamw", partial(optim.adamw_, params, grads, params, params, [1] * 4, 1e-3, 0.9, 0.95, 1e-8, 0.1, False)
+    descend = partial(optim.sgd_, params, grads)
+    yield "sgd", partial(descend, [], [], 1e-2, 0.0, 0.0, 0.1, False, False)
+    for nesterov in (False, True):
+        yield f"sgd-{nesterov}", partial(descend, params, [1, 2, 2, 2], 1e-2, 0.9, 0.0, 0.1, nesterov, False)
     yield "clip", partial(optim.clip_grad_norm, grads, 1.0)
 
 
@@ -169,6 +182,7 @@ GROUPS: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
     "rotary": rotations,
     "dense": dense,
     "losses": losses,
+    "embedding": embeddings,
     "optimizer": optimizer,
     "attention": attentions,
 }

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 import numerics
 import pytest
 import torch
-from bigmodel_fast.kernels import attention, cross_entropy, launch, layer_norm, linear_cross_entropy, optim, rms_norm
+from bigmodel_fast.kernels import (
+    attention,
+    cross_entropy,
+    embedding,
+    launch,
+    layer_norm,
+    linear_cross_entropy,
+    optim,
+    rms_norm,
+)
 from torch import Tensor
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_interpreter.py"
@@ -135,6 +144,61 @@ def test_adamw(maximize: bool) -> None:
         for a, e in zip(ours[i], theirs[i], strict=True):
             limit = numerics.ULPS * torch.finfo(a.dtype).eps * numerics.largest(e)
             assert numerics.max_error(a, e.double()) <= limit
+
+
+SGDS = {
+    "plain": (1e-2, 0.0, 0.0, 0.1, False, False),
+    "momentum": (1e-2, 0.9, 0.3, 0.1, False, False),
+    "nesterov": (1e-2, 0.9, 0.0, 0.1, True, True),
+}
+
+
+@pytest.mark.parametrize("numbers", SGDS.values(), ids=SGDS)
+def test_sgd(numbers: tuple) -> None:
+    """As test_adamw, with one tensor at its first step: as near to float64 as torch's own SGD in float32 is."""
+    lr, momentum, dampening, decay, nesterov, maximize = numbers
+    sizes = (1, 3, 2048, 5000, 0, 2049)
+    params, grads, buffers = ([normal(n + 1)[1:] for n in sizes] for _ in range(3))
+    for tensors in (params, grads, buffers):
+        tensors[3] = tensors[3].half()
+
+    def torchs(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        leaves = [torch.nn.Parameter(p.to(dtype, copy=True)) for p in params]
+        options = {"momentum": momentum, "dampening": dampening, "weight_decay": decay, "nesterov": nesterov}
+        optimizer = torch.optim.SGD(leaves, lr, maximize=maximize, foreach=False, **options)
+        for i, p in enumerate(leaves):
+            p.grad = grads[i].to(dtype)
+            if momentum and i < 5:
+                optimizer.state[p]["momentum_buffer"] = buffers[i].to(dtype, copy=True)
+        optimizer.step()
+        return [p.detach() for p in leaves], [optimizer.state[p]["momentum_buffer"] for p in leaves if momentum]
+
+    eager, exact = torchs(torch.float32), torchs(torch.float64)
+    ours = [t.clone() for t in params], [t.clone() for t in buffers if momentum]
+    optim.sgd_(ours[0], grads, ours[1], [2, 2, 2, 2, 2, 1] if momentum else [], *numbers)
+    for made, single, double in zip(ours, eager, exact, strict=True):
+        for a, s, e in zip(made, single, double, strict=True):
+            numerics.assert_close(a, s.to(a.dtype), e, numerics.FORWARD, "parameter or buffer")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [7, 600])
+def test_embedding_of_classes_with_many_tokens(dtype: torch.dtype, width: int) -> None:
+    """Stretches that begin, end and lie within blocks, whole blocks, tokens that are no class; the same bits twice."""
+    counts = {0: 100, 1: 300, 3: 1, 4: 128, 5: 127, 6: 400, -7: 3, 9: 2, 2**40: 1}
+    token = torch.cat([torch.full((n,), c) for c, n in counts.items()])
+    token = token[torch.randperm(token.numel(), generator=generator)]
+    grad = normal(token.numel(), width + 3).to(dtype)[:, :width]
+    made = embedding.embedding_bwd(grad, token, 9, dtype)
+    valid = (token >= 0) & (token < 9)
+    exact, eager = (torch.zeros(9, width, dtype=d).index_add_(0, token[valid], grad[valid].to(d))
+                    for d in (torch.float64, torch.float32))  # fmt: skip
+    numerics.assert_close(made, eager.to(dtype), exact, numerics.BACKWARD, "gradient")
+    assert torch.equal(made, embedding.embedding_bwd(grad, token, 9, dtype))
+    table = normal(9, width).to(dtype)
+    out = embedding.embedding_fwd(token, table)
+    assert torch.equal(out[valid], table[token[valid]])
+    assert out[~valid].isnan().all()
 
 
 @pytest.mark.parametrize("most", [0.5, 1e9])
