@@ -1,7 +1,7 @@
 """attention and attention_varlen on NVIDIA GPUs: launch choices, allocation and the hand-over to the kernels.
 
-The equations are in `attention_forward.py` and `attention_backward.py`. Head dimensions are padded to the next power of
-two in registers; memory is read as it is.
+The equations are in `attention_forward.py` and `attention_backward.py`; few queries of many keys take
+`attention_decode.py`. Head dimensions are padded to the next power of two in registers; memory is read as it is.
 """
 
 import ctypes
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from . import launch
 from .attention_backward import bias_gradient, key_gradients, query_gradient
+from .attention_decode import combine, decode
 from .attention_forward import forward
-from .attention_tiles import choose, columns_of
+from .attention_tiles import DECODE_KEYS, MOST_SPLITS, choose, columns_of, split_keys
 
 MOST_ROWS = 256  # no tile has more
 FURTHEST = 1 << 30  # positions are 32-bit: a window that reaches further is as good as none
@@ -73,6 +74,7 @@ class Call:
         )
         self.packed = self.query.dim() == 3
         self.heads, self.key_heads, self.dim = self.query.shape[1], self.key.shape[1], self.query.shape[-1]
+        self.group = self.heads // max(1, self.key_heads)
         self.queries, self.keys = (t.shape[0 if self.packed else 2] for t in (self.query, self.key))
         self.batches = 1 if self.packed else self.query.shape[0]
         self.sequences = self.cu_seqlens_q.numel() - 1 if self.cu_seqlens_q is not None else self.batches
@@ -90,7 +92,7 @@ class Call:
     def numbers(self) -> tuple[int | float, ...]:
         kept = 1.0 - self.dropout
         return (
-            self.heads, self.heads // max(1, self.key_heads), self.queries, self.keys, self.dim, self.sequences,
+            self.heads, self.group, self.queries, self.keys, self.dim, self.sequences,
             *_strides(self.query), *_strides(self.key), *_strides(self.value),
             *(self.bias.stride() if self.bias is not None else (0, 0, 0, 0)),
             self.heads if self.alibi_slopes is not None and self.alibi_slopes.dim() == 2 else 0,
@@ -125,7 +127,8 @@ class Call:
         # Where sequences begin takes registers of key_gradients, which has none to spare.
         extras = self.extras + (self.packed and kernel is key_gradients)
         target = launch.target_of(self.query)
-        return choose(kernel.__name__, target, self.query.dtype, self.dim, extras, self.queries)
+        rows = self.queries * self.group if kernel is decode else self.queries
+        return choose(kernel.__name__, target, self.query.dtype, self.dim, extras, rows)
 
     def grid(self, rows: int, block: int) -> int:
         """How many tiles the rows of all sequences take, without a look at the lengths of packed ones."""
@@ -150,9 +153,32 @@ def attention_fwd(query: Tensor, key: Tensor, value: Tensor, *rest) -> tuple[Ten
     out = _empty_heads(query)
     shape = (call.heads, call.queries, 2) if call.packed else (*query.shape[:3], 2)
     stats = query.new_empty(shape, dtype=torch.float32)
+    tiles = call.tiles(decode)
+    few = call.queries * call.group <= tiles.queries and call.keys >= DECODE_KEYS
+    if few and not call.packed and not call.dropout:
+        _decode(call, out, stats, tiles)
+        return out, stats
     tiles = call.tiles(forward)
     call.run(forward, (call.grid(call.queries, tiles.queries), call.heads), (out, stats), tiles)
     return out, stats
+
+
+def _decode(call: Call, out: Tensor, stats: Tensor, tiles: launch.Tiles) -> None:
+    processors = launch.target_of(call.query).processors
+    first = max(0, call.keys - call.queries - call.left)  # that any query sees
+    splits = split_keys(first, call.keys, tiles.keys, call.batches * call.key_heads, processors)
+    several = splits.count > 1
+    parts = stats.new_empty((*stats.shape[:3], splits.count if several else 0, call.dim))
+    part_stats = stats.new_empty((*parts.shape[:4], 2))
+    call.run(
+        decode, (call.batches * splits.count, call.key_heads), (out, stats, parts, part_stats), tiles,
+        first_key=splits.first, span=splits.span, splits=splits.count, SPLIT=several,
+    )  # fmt: skip
+    if several:
+        together = min(MOST_SPLITS, launch.power_of_two(splits.count))
+        constants = {"SPLITS": together, "TOGETHER": min(16, together), "DIM": columns_of(call.dim)}
+        arguments = (parts, part_stats, out, stats, call.heads, call.queries, call.dim, splits.count)
+        launch.run(combine, (stats.numel() // 2,), arguments, constants, 4)
 
 
 def attention_bwd(

@@ -5,7 +5,7 @@ without spilling any, for every feature of the interface (tests/kernels/test_ahe
 been compared by time on a GPU.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,6 +30,12 @@ FORWARD: dict[int, Table] = {
         (256, 0, Tiles(128, 64, 8, 2)),
         (256, ANY, Tiles(64, 32, 8, 1)),
     ),
+}
+# Their queries are the most that decode takes, of all heads that share a key head.
+DECODE: dict[int, Table] = {
+    80: ((64, ANY, Tiles(64, 64, 4, 2)), (128, ANY, Tiles(32, 64, 4, 2)), (256, ANY, Tiles(32, 32, 4, 2))),
+    90: ((128, ANY, Tiles(64, 64, 4, 3)), (256, ANY, Tiles(32, 32, 4, 3))),
+    100: ((128, ANY, Tiles(64, 64, 4, 3)), (256, ANY, Tiles(32, 32, 4, 3))),
 }
 QUERY_GRADIENT: dict[int, Table] = {
     80: ((128, ANY, Tiles(64, 64, 8, 2)), (256, ANY, Tiles(64, 32, 8, 1))),
@@ -68,16 +74,41 @@ BIAS_GRADIENT: dict[int, Table] = {
 }
 FLOAT32: dict[str, Tiles] = {
     "forward": Tiles(32, 32, 8, 1, "tf32x3"),
+    "decode": Tiles(32, 32, 8, 1, "tf32x3"),
     "query_gradient": Tiles(16, 32, 4, 1, "tf32x3"),
     "key_gradients": Tiles(16, 32, 4, 1),
     "bias_gradient": Tiles(32, 32, 8, 1),
 }
 TABLES = {
     "forward": FORWARD,
+    "decode": DECODE,
     "query_gradient": QUERY_GRADIENT,
     "key_gradients": KEY_GRADIENTS,
     "bias_gradient": BIAS_GRADIENT,
 }
+
+
+DECODE_KEYS = 128  # from which on few queries take decode
+DECODE_PROGRAMS = 2  # for a processor, which has room for them
+LEAST_TILES, MOST_SPLITS = 4, 128  # of keys for a program: fewer do not pay for combining; what combine takes
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Keys from `first` on, `span` of them for each of `count` programs."""
+
+    first: int
+    span: int
+    count: int
+
+
+def split_keys(first: int, keys: int, block: int, programs: int, processors: int) -> Splits:
+    """Keys [first, keys) so that `programs` times the splits keep the processors busy; whole blocks of keys each."""
+    first = first // block * block
+    tiles = max(1, -(-(keys - first) // block))
+    count = min(-(-DECODE_PROGRAMS * processors // max(1, programs)), tiles // LEAST_TILES, MOST_SPLITS)
+    span = -(-tiles // max(1, count))
+    return Splits(first, span * block, -(-tiles // span))
 
 
 def columns_of(dim: int) -> int:
@@ -86,7 +117,7 @@ def columns_of(dim: int) -> int:
 
 
 def choose(kernel: str, target: Target, dtype: torch.dtype, dim: int, extras: int, queries: int) -> Tiles:
-    """The tiles of one of the four kernels; fewer queries than a tile has take the smallest tile that holds them."""
+    """The tiles of one of the kernels; fewer queries than a tile has take the smallest tile that holds them."""
     columns = columns_of(dim)
     if dtype is torch.float32:
         tiles = FLOAT32[kernel]

@@ -154,6 +154,13 @@ FEATURES = (
     Attention("everything", window=512, softcap=30.0, alibi=True, mask=True, lengths=True, dropout=0.1, causal=True),
     Attention("everything-256", dim=256, bias=(1, 32, 4096, 4096), softcap=30.0, alibi=True, dropout=0.1, causal=True),
     Attention("one-query", queries=1),
+    Attention("decode", queries=1, key_heads=32, window=1000, causal=True),
+    Attention("decode-256", queries=4, dim=256, key_heads=16, lengths=True, causal=True),
+    Attention("decode-64", queries=8, dim=64, key_heads=4, softcap=30.0, causal=True),
+    Attention("decode-80", queries=3, dim=80, bias=(4, 32, 3, 4096), alibi=True, lengths=True, causal=True),
+    Attention("decode-everything-32", queries=8, window=512, softcap=30.0, alibi=True, mask=True, lengths=True),
+    Attention("decode-everything", queries=16, window=512, softcap=30.0, alibi=True, mask=True, lengths=True),
+    Attention("decode-everything-256", queries=8, dim=256, softcap=30.0, alibi=True, mask=True, lengths=True),
     Attention("one-query-dropout", queries=1, keys=1, dropout=0.1, key_heads=32),
     Attention("few-queries", queries=50, causal=True, packed=True),
 )

@@ -2,6 +2,7 @@
 they are, on CPU tensors, and compared with the C++ kernels of the same operator.
 """
 
+import importlib
 import os
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from bigmodel_fast.kernels import (
     attention,
+    attention_tiles,
     cross_entropy,
     embedding,
     launch,
@@ -23,6 +25,7 @@ from torch import Tensor
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_interpreter.py"
 
 native = torch.ops.bigmodel_fast
+attention_reference = importlib.import_module("bigmodel_fast.ops.attention").reference
 generator = torch.Generator().manual_seed(0)
 
 
@@ -64,6 +67,83 @@ def test_bias_gradients_are_summed_to_its_shape(shape: tuple[int, ...]) -> None:
     made = attention.attention_bwd(q, q, k, v, ours, our_stats, expanded, *options, list(shape), False)
     scale = numerics.largest(expected[0])  # of a bias that is the same for all keys the gradient vanishes
     assert numerics.max_error(made[3], expected[3].double()) <= 1000 * torch.finfo(torch.float32).eps * scale
+
+
+DECODED = {
+    "one": {},
+    "one-split": {"keys": 150, "batch": 5},
+    "causal": {"queries": 5, "causal": True, "keys": 704},
+    "window": {"queries": 3, "causal": True, "window": 500},
+    "gqa": {"queries": 2, "heads": 6, "key_heads": 2, "causal": True, "keys": 513},
+    "softcap-alibi": {"heads": 4, "key_heads": 1, "softcap": 2.0, "alibi": True},
+    "bias": {"queries": 3, "heads": 4, "key_heads": 2, "bias": (1, 4, 3, 700)},
+    "mask": {"queries": 2, "bias": (2, 1, 1, 700), "boolean": True},
+    "lengths": {"queries": 2, "lengths": [0, 333], "causal": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", DECODED.values(), ids=DECODED)
+def test_few_queries_of_many_keys(case: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As near to float64 as plain torch is; the same bits twice; what backward reads is the general kernel's."""
+    case = {"queries": 1, "keys": 700, "heads": 3, "key_heads": 3, "batch": 2} | case
+    queries, keys, dim, everything = case["queries"], case["keys"], 24, 1 << 40
+    query = normal(case["batch"], queries, case["heads"], dim + 5)[..., :dim].transpose(1, 2)  # with gaps between rows
+    key, value = (normal(case["batch"], case["key_heads"], keys, dim) for _ in range(2))
+    query, key, value = (t.to(dtype) for t in (query, key, value))
+    mask = None if "bias" not in case else normal(*case["bias"])
+    mask = mask > 0 if case.get("boolean") else None if mask is None else mask.to(dtype)
+    slopes = torch.rand(case["heads"], generator=generator) if "alibi" in case else None
+    lengths = torch.tensor(case["lengths"]) if "lengths" in case else None
+    left = case.get("window", everything)
+    call = (
+        query, key, value, None if mask is None else mask.expand(*query.shape[:3], keys), slopes, lengths, None, None,
+        None, dim**-0.5, case.get("softcap", 0.0), left, 0 if case.get("causal") else left, 0.0,
+    )  # fmt: skip
+    started, run = [], launch.run
+    monkeypatch.setattr(launch, "run", lambda kernel, *rest: (started.append(kernel.__name__), run(kernel, *rest)))
+    with launch.assume(launch.Target(90, 8)):
+        out, stats = attention.attention_fwd(*call)
+        assert started == ["decode", "combine"][: 1 if keys < 200 else 2]
+        assert all(torch.equal(a, b) for a, b in zip(attention.attention_fwd(*call), (out, stats), strict=True))
+    options = {
+        "attn_mask": mask, "is_causal": case.get("causal", False), "window": case.get("window"), "enable_gqa": True,
+        "softcap": case.get("softcap"), "alibi_slopes": slopes, "key_lengths": lengths,
+    }  # fmt: skip
+    exact = attention_reference(query.double(), key.double(), value.double(), **options)
+    numerics.assert_close(out, attention_reference(query, key, value, **options), exact, numerics.FORWARD, "out")
+    monkeypatch.setattr(attention, "DECODE_KEYS", 1 << 30)
+    _, general = attention.attention_fwd(*call)
+    assert started[-1] == "forward"
+    assert_as_native([stats], [general], "statistics")
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_nan_passes_through_splits(name: str) -> None:
+    tensors = {"query": normal(1, 1, 2, 8), "key": normal(1, 1, 600, 8), "value": normal(1, 1, 600, 8)}
+    tensors[name][0, 0, -1, 3] = torch.nan
+    options = (None, None, None, None, None, None, 0.3, 0.0, 1 << 40, 0, 0.0)
+    with launch.assume(launch.Target(90, 8)):
+        out, _ = attention.attention_fwd(*tensors.values(), *options)
+    expected = attention_reference(**tensors, is_causal=True)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert out.isnan().any()
+
+
+def test_splits_cover_the_keys() -> None:
+    """Every key from the first that is seen, in whole blocks, by programs of which none is idle."""
+    for first in (0, 63, 64, 1000):
+        for keys in (first + 1, first + 700, first + 100_000):
+            for programs in (0, 1, 7, 10_000):
+                splits = attention_tiles.split_keys(first, keys, 64, programs, 132)
+                assert splits.first <= first < splits.first + 64
+                assert splits.span % 64 == splits.first % 64 == 0
+                assert (
+                    splits.first + splits.span * (splits.count - 1) < keys <= splits.first + splits.span * splits.count
+                )
+                assert splits.count <= attention_tiles.MOST_SPLITS
+    assert attention_tiles.split_keys(0, 100_000, 64, 8, 132).count * 8 >= 132
+    assert attention_tiles.split_keys(0, 100_000, 64, 10_000, 132).count == 1
 
 
 def test_gradients_side_by_side() -> None:

@@ -23,7 +23,8 @@ REGISTERS = 65536  # of a processor, so of a program
 EVERYTHING = os.environ.get("BMF_COMPILE_ALL") == "1"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What the default run takes of attention: the features that need most, and each head dimension's class.
-SELECTED = ("dim-64", "dim-80", "dim-256", "full", "packed", "dropout", "bias", "everything", "one-query-dropout")
+SELECTED = ("dim-64", "dim-80", "dim-256", "full", "packed", "dropout", "bias", "everything", "one-query-dropout",
+            "decode-64", "decode-everything", "decode-everything-256")  # fmt: skip
 
 
 def selected(group: str, case: str, dtype: torch.dtype, capability: int) -> bool:
