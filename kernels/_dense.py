@@ -1,4 +1,5 @@
 """What linear, mlp and gated_mlp are made of: matrix products by cuBLAS, and element-wise kernels between them.
+Where it is asked for, linear and mlp make a forward product and what follows it in one kernel instead (`gemm.py`).
 
 A product's bias is added by cuBLAS as it stores, in float32, so that what is left between two products is
 
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import gemm, launch
 from ._activation import value_and_slope
 from ._norm import add_parts
 
@@ -79,6 +80,14 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b in x's dtype, summed in float32."""
     weight = weight.to(x.dtype)
     return x @ weight.t() if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
+
+
+def layer(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool) -> tuple[Tensor, Tensor]:
+    """activation(x W^T + b), and x W^T + b (empty unless `keep`)."""
+    if gemm.ENABLED and gemm.covers(x, weight):
+        return gemm.layer(x, weight.to(x.dtype), bias, activation, keep, gemm.candidates(x, weight)[0])
+    pre = matmul(x, weight, bias)
+    return activate(pre, activation, keep), pre if keep else x.new_empty(0, weight.shape[0])
 
 
 def activate(pre: Tensor, activation: str, keep: bool) -> Tensor:

@@ -8,12 +8,21 @@ have started.
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
+
+
+def switch(name: str) -> bool:
+    """An environment variable that is 1 (on), or 0, empty or not set (off)."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{name} must be 0 or 1, not {value!r}")
+    return value == "1"
 
 
 @dataclass(frozen=True)

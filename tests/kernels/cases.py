@@ -10,6 +10,7 @@ from bigmodel_fast.kernels import (
     cross_entropy,
     embedding,
     gated_mlp,
+    gemm,
     layer_norm,
     linear,
     linear_cross_entropy,
@@ -59,6 +60,20 @@ def dense(dtype: torch.dtype) -> Iterator[Case]:
             f"gated_mlp-backward-{kind}",
             partial(gated_mlp.gated_mlp_bwd, x, x, w, w, down, pre, pre, kind, [True] * 4),
         )
+
+
+def products(dtype: torch.dtype) -> Iterator[Case]:
+    """The dense layer in one kernel, with every tile that a GPU has."""
+    if dtype is not F32:  # which it does not take
+        x, w, b = meta(8192, 768, dtype=dtype), meta(3072, 768, dtype=dtype), meta(3072)
+        for kind in ("none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "relu2"):
+            for i in range(4):
+                yield f"gemm-{kind}-{i}", partial(_layer, x, w, b, kind, i)
+
+
+def _layer(x: Tensor, weight: Tensor, bias: Tensor, kind: str, place: int) -> None:
+    blocks = gemm.candidates(x, weight)
+    gemm.layer(x, weight, bias, kind, kind != "none", blocks[min(place, len(blocks) - 1)])
 
 
 def losses(dtype: torch.dtype) -> Iterator[Case]:
@@ -188,6 +203,7 @@ GROUPS: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
     "norms": norms,
     "rotary": rotations,
     "dense": dense,
+    "products": products,
     "losses": losses,
     "embedding": embeddings,
     "optimizer": optimizer,

@@ -14,9 +14,12 @@ from bigmodel_fast.kernels import (
     attention_tiles,
     cross_entropy,
     embedding,
+    gemm,
     launch,
     layer_norm,
+    linear,
     linear_cross_entropy,
+    mlp,
     optim,
     rms_norm,
 )
@@ -25,6 +28,7 @@ from torch import Tensor
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_interpreter.py"
 
 native = torch.ops.bigmodel_fast
+activate = importlib.import_module("bigmodel_fast.ops._activation").activate
 attention_reference = importlib.import_module("bigmodel_fast.ops.attention").reference
 generator = torch.Generator().manual_seed(0)
 
@@ -153,6 +157,57 @@ def test_gradients_side_by_side() -> None:
     apart = attention.attention_bwd(q, q, k, k, out, stats, *options, [], False)
     joined, *_ = attention.attention_bwd(q, q, k, k, out, stats, *options, [], True)
     assert torch.equal(joined, torch.cat([t.transpose(1, 2) for t in apart[:3]], dim=2))
+
+
+SMALL_BLOCKS = gemm.Blocks(16, 32, 16, 4, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ["none", "relu2", "gelu", "tanh"])
+@pytest.mark.parametrize("shape", [(1, 16, 1), (16, 16, 32), (150, 32, 70)], ids=str)
+def test_dense_layer_in_one_kernel(shape: tuple[int, int, int], activation: str, dtype: torch.dtype) -> None:
+    """Fewer programs than tiles, several bands, edges, gaps between the rows of x and W."""
+    rows, inner, columns = shape
+    x, weight = normal(rows, inner + 3).to(dtype)[:, :inner], normal(columns, inner + 5).to(dtype)[:, :inner]
+    bias = normal(columns) if activation != "relu2" else None
+    with launch.assume(launch.Target(90, 5)):
+        y, pre = gemm.layer(x, weight, bias, activation, True, SMALL_BLOCKS)
+        alone, nothing = gemm.layer(x, weight, bias, activation, False, SMALL_BLOCKS)
+    assert torch.equal(y, alone)
+    assert nothing.numel() == 0
+
+    def reference(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        made = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return activate(made, None if activation == "none" else activation), made
+
+    eager, exact = reference(x, weight), reference(x.double(), weight.double())
+    for a, e, d, name in zip((y, pre), eager, exact, ("y", "pre"), strict=True):
+        numerics.assert_close(a, e, d, numerics.FORWARD, name)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_dense_layers_take_that_kernel_where_asked_to(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, run = [], launch.run
+    monkeypatch.setattr(launch, "run", lambda kernel, *rest: (started.append(kernel.__name__), run(kernel, *rest)))
+    x, w1, b1, w2 = normal(40, 64).half(), normal(128, 64).half() / 8, normal(128), normal(16, 128).half() / 8
+    calls = (
+        (linear.linear_fwd, (x, w1, b1, "gelu", keep), 1),
+        (mlp.mlp_fwd, (x, w1, b1, w2, None, "silu", keep), 2),
+    )
+    for function, arguments, products in calls:
+        expected = function(*arguments)
+        assert "_gemm" not in started
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gemm, "ENABLED", True)
+            patch.setattr(gemm, "BLOCKS", {90: (SMALL_BLOCKS,)})
+            made = function(*arguments)
+            assert started.count("_gemm") == products
+            started.clear()
+            function(*(t.float() if isinstance(t, Tensor) else t for t in arguments))  # float32 stays with cuBLAS
+            assert "_gemm" not in started
+        started.clear()
+        for a, e in zip(made, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=0, atol=8 * torch.finfo(torch.float16).eps)
 
 
 @pytest.mark.parametrize("width", [4097, 17000])

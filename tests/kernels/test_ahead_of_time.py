@@ -32,7 +32,7 @@ def selected(group: str, case: str, dtype: torch.dtype, capability: int) -> bool
     if EVERYTHING:
         return True
     if capability == 90 and dtype is torch.bfloat16:
-        return group != "attention" or name in SELECTED
+        return name in SELECTED if group == "attention" else group != "products" or "gelu-" in case
     if group == "attention":
         return name == "dropout" and (capability, dtype) in ((80, torch.bfloat16), (90, torch.float32))
     return capability == 90 and dtype is torch.float32 and "16384" in case
