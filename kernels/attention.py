@@ -5,18 +5,20 @@ The equations are in `attention_forward.py` and `attention_backward.py`; few que
 """
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-from . import launch
+from . import autotune, launch
 from .attention_backward import bias_gradient, key_gradients, query_gradient
 from .attention_decode import combine, decode
 from .attention_forward import forward
-from .attention_tiles import DECODE_KEYS, MOST_SPLITS, choose, columns_of, split_keys
+from .attention_tiles import DECODE_KEYS, MOST_SPLITS, alternatives, choose, columns_of, split_keys
 
+FEATURES = ("BIAS", "ALIBI", "LENGTHS", "PACKED", "SOFTCAP", "DROPOUT", "LEFT", "RIGHT")
 MOST_ROWS = 256  # no tile has more
 FURTHEST = 1 << 30  # positions are 32-bit: a window that reaches further is as good as none
 
@@ -130,6 +132,25 @@ class Call:
         rows = self.queries * self.group if kernel is decode else self.queries
         return choose(kernel.__name__, target, self.query.dtype, self.dim, extras, rows)
 
+    def shape_class(self) -> tuple[object, ...]:
+        """What a choice of tiles may depend on."""
+        sizes = (self.batches * self.heads, self.queries, self.keys)
+        features = {k: v for k, v in self.constants(launch.Tiles(0, 0, 0, 0)).items() if k in FEATURES}
+        window = launch.power_of_two(self.left + 1) if features["LEFT"] else 0
+        return (
+            *map(launch.power_of_two, sizes), self.group, self.dim, window,
+            *(f"{k}={v}" for k, v in features.items() if v not in (False, "none")),
+        )  # fmt: skip
+
+    def start(self, kernel, by: Callable[[launch.Tiles], None]) -> None:
+        """Runs `by` with tiles for a kernel."""
+        tiles = self.tiles(kernel)
+        if autotune.ENABLED:
+            name = kernel.__name__
+            candidates = (tiles, *alternatives(name, tiles, self.dim))
+            tiles = autotune.pick(name, self.shape_class(), candidates, by, self.query)
+        by(tiles)
+
     def grid(self, rows: int, block: int) -> int:
         """How many tiles the rows of all sequences take, without a look at the lengths of packed ones."""
         return rows // block + self.sequences if self.packed else self.batches * triton.cdiv(rows, block)
@@ -153,13 +174,13 @@ def attention_fwd(query: Tensor, key: Tensor, value: Tensor, *rest) -> tuple[Ten
     out = _empty_heads(query)
     shape = (call.heads, call.queries, 2) if call.packed else (*query.shape[:3], 2)
     stats = query.new_empty(shape, dtype=torch.float32)
-    tiles = call.tiles(decode)
-    few = call.queries * call.group <= tiles.queries and call.keys >= DECODE_KEYS
+    few = call.queries * call.group <= call.tiles(decode).queries and call.keys >= DECODE_KEYS
     if few and not call.packed and not call.dropout:
-        _decode(call, out, stats, tiles)
-        return out, stats
-    tiles = call.tiles(forward)
-    call.run(forward, (call.grid(call.queries, tiles.queries), call.heads), (out, stats), tiles)
+        call.start(decode, lambda tiles: _decode(call, out, stats, tiles))
+    else:
+        call.start(forward, lambda tiles: call.run(
+            forward, (call.grid(call.queries, tiles.queries), call.heads), (out, stats), tiles,
+        ))  # fmt: skip
     return out, stats
 
 
@@ -198,12 +219,14 @@ def attention_bwd(
         made = parts = tuple(_empty_heads(t) for t in (query, key, value))
         query_row, key_row = call.heads * call.dim, call.key_heads * call.dim
     delta = stats.new_empty(stats.shape[:-1])
-    tiles = call.tiles(query_gradient)
-    grid = (call.grid(call.queries, tiles.queries), call.heads)
-    call.run(query_gradient, grid, (out, grad_out, stats, delta, parts[0]), tiles, grad_row=query_row)
-    tiles = call.tiles(key_gradients)
-    grid = (call.grid(call.keys, tiles.keys), call.key_heads)
-    call.run(key_gradients, grid, (grad_out, stats, delta, parts[1], parts[2]), tiles, grad_row=key_row)
+    call.start(query_gradient, lambda tiles: call.run(
+        query_gradient, (call.grid(call.queries, tiles.queries), call.heads), (out, grad_out, stats, delta, parts[0]),
+        tiles, grad_row=query_row,
+    ))  # fmt: skip
+    call.start(key_gradients, lambda tiles: call.run(
+        key_gradients, (call.grid(call.keys, tiles.keys), call.key_heads), (grad_out, stats, delta, parts[1], parts[2]),
+        tiles, grad_row=key_row,
+    ))  # fmt: skip
     if not bias_shape:
         return *made, query.new_empty(0, dtype=torch.float32)
     return *made, _bias_gradient(call, grad_out, stats, delta, bias_shape)

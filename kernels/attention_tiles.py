@@ -128,3 +128,17 @@ def choose(kernel: str, target: Target, dtype: torch.dtype, dim: int, extras: in
     if rows >= tiles.queries:
         return tiles
     return replace(tiles, queries=rows, warps=tiles.warps if kernel == "key_gradients" else min(4, tiles.warps))
+
+
+def alternatives(kernel: str, tiles: Tiles, dim: int) -> tuple[Tiles, ...]:
+    """What is worth a try beside the largest tiles that fit: smaller ones, of which a processor may hold more."""
+    if tiles.precision != "ieee":
+        return ()
+    made = []
+    if tiles.stages > 1 and columns_of(dim) <= 128:
+        made.append(replace(tiles, stages=tiles.stages - 1))
+    if tiles.keys > 32:
+        made.append(replace(tiles, keys=tiles.keys // 2))
+    if tiles.queries > 32 and kernel != "decode":
+        made.append(replace(tiles, queries=tiles.queries // 2))
+    return tuple(made)

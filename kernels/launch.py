@@ -1,7 +1,8 @@
 """How kernels are launched: what is known of the device, what is chosen for a launch, and the one place that makes it.
 
 Every kernel of this package is started by `run`. Choices (block sizes, warps, pipeline stages) are frozen data that a
-function of shapes, dtypes and the device's compute capability picks: no measuring at run time, no state. A test puts
+function of shapes, dtypes and the device's compute capability picks: no measuring at run time unless it is asked for
+(`autotune.py`), no state. A test puts
 a recorder in place of `run`, gives the launchers tensors without memory, and so compiles ahead of time what they would
 have started.
 """
@@ -87,12 +88,16 @@ class Tiles:
     precision: str = "ieee"
 
 
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Within it, `device` is the current one, if it is a GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def run(kernel, grid: tuple[int, ...], arguments: tuple, constants: dict, warps: int, stages: int = 1) -> None:
     """Starts `kernel` on the current stream of its tensors' device; nothing for an empty grid."""
     if 0 in grid:
         return
-    device = next(a.device for a in arguments if isinstance(a, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on_device(next(a.device for a in arguments if isinstance(a, Tensor))):
         kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
 
 

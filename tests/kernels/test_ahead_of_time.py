@@ -1,7 +1,7 @@
 """Every kernel down to machine code for GPUs that are not here, and what it takes of them.
 
-By default a selection, on the most used GPU mostly; BMF_COMPILE_ALL=1 compiles every kernel, dtype and launch choice
-for every GPU (minutes).
+By default a selection, on the most used GPU mostly; BMF_COMPILE_ALL=1 compiles every kernel, dtype and launch choice,
+those that autotuning would try included, for every GPU (many minutes).
 """
 
 import os
@@ -46,7 +46,7 @@ def chosen() -> Iterator[tuple[int, Variant]]:
             for dtype in DTYPES:
                 for name, call in cases(dtype):
                     if selected(group, name, dtype, capability):
-                        for variant in variants_of(call, target):
+                        for variant in variants_of(call, target, EVERYTHING or name == "attention-full"):
                             if (capability, variant) not in seen:
                                 seen.add((capability, variant))
                                 yield capability, variant
