@@ -12,7 +12,7 @@ Grid: splits of all batches by key heads; for `combine`, a program to a query of
 import triton
 import triton.language as tl
 
-from .attention_scores import INFINITY, LOG2E, attend, present_keys
+from .attention_scores import INFINITY, LOG2E, attend, keys_seen, present_keys
 
 
 @triton.jit
@@ -57,14 +57,10 @@ def decode(
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
 
+    _, seen_by_all, end = keys_seen(shift, keys - 1, present, left, right, LEFT, RIGHT, KEYS)
     begin = first_key + split * span
-    end = tl.minimum(begin + span, present)
-    seen_by_all = present
-    if RIGHT:
-        seen_by_all = tl.minimum(seen_by_all, shift + right + 1)
-    if LEFT:
-        seen_by_all = begin
-    seen_by_all = tl.minimum(tl.maximum(seen_by_all // KEYS * KEYS, begin), begin + span)
+    end = tl.minimum(begin + span, end)
+    seen_by_all = tl.minimum(tl.maximum(seen_by_all, begin), begin + span)
     for masked in tl.static_range(2):
         from_key = begin if masked == 0 else seen_by_all
         to_key = seen_by_all if masked == 0 else end

@@ -17,7 +17,17 @@ Grid: tiles of queries of all sequences, by heads.
 import triton
 import triton.language as tl
 
-from .attention_scores import INFINITY, LOG2E, attend, first_token, load_rows, locate, present_keys, store_rows
+from .attention_scores import (
+    INFINITY,
+    LOG2E,
+    attend,
+    first_token,
+    keys_seen,
+    load_rows,
+    locate,
+    present_keys,
+    store_rows,
+)
 
 
 @triton.jit
@@ -66,14 +76,7 @@ def forward(
 
     first = tile * QUERIES + shift
     last = tl.minimum(tile * QUERIES + QUERIES, own) - 1 + shift
-    begin, end, seen_by_all = 0, present, present
-    if RIGHT:
-        end = tl.minimum(end, tl.maximum(0, last + right + 1))
-        seen_by_all = tl.minimum(seen_by_all, tl.maximum(0, first + right + 1))
-    if LEFT:
-        begin = tl.maximum(0, first - left) // KEYS * KEYS
-        seen_by_all = begin
-    seen_by_all = seen_by_all // KEYS * KEYS
+    begin, seen_by_all, end = keys_seen(first, last, present, left, right, LEFT, RIGHT, KEYS)
     for masked in tl.static_range(2):
         from_key = begin if masked == 0 else seen_by_all
         to_key = seen_by_all if masked == 0 else end

@@ -140,6 +140,22 @@ def visible(position, key, present, left, right, LEFT: tl.constexpr, RIGHT: tl.c
 
 
 @triton.jit
+def keys_seen(first, last, present, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, KEYS: tl.constexpr):
+    """For queries at positions [first, last]: (begin, middle, end), whole tiles of keys but for the last one.
+
+    Keys outside of [begin, end) are seen by none, those of [begin, middle) by all: none with a window.
+    """
+    begin, middle, end = 0, present, present
+    if RIGHT:
+        end = tl.minimum(end, tl.maximum(0, last + right + 1))
+        middle = tl.minimum(middle, tl.maximum(0, first + right + 1))
+    if LEFT:
+        begin = tl.maximum(0, first - left) // KEYS * KEYS
+        middle = begin
+    return begin, middle // KEYS * KEYS, end
+
+
+@triton.jit
 def attend(
     acc, top, total, q, key, value, from_key, to_key, present, real, position, row, column, dim, key_row, value_row,
     bias, bias_row, bias_key, slope, scale, softcap, left, right, factor, seed, stream, threshold, keep_row,

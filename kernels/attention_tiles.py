@@ -122,7 +122,7 @@ def choose(kernel: str, target: Target, dtype: torch.dtype, dim: int, extras: in
     if dtype is torch.float32:
         tiles = FLOAT32[kernel]
     else:
-        table = TABLES[kernel][100 if target.capability >= 100 else 90 if target.capability >= 90 else 80]
+        table = TABLES[kernel][target.choices]
         tiles = next(t for most_columns, most_extras, t in table if columns <= most_columns and extras <= most_extras)
     rows = max(16, power_of_two(queries))
     if rows >= tiles.queries:
@@ -135,7 +135,7 @@ def alternatives(kernel: str, tiles: Tiles, dim: int) -> tuple[Tiles, ...]:
     if tiles.precision != "ieee":
         return ()
     made = []
-    if tiles.stages > 1 and columns_of(dim) <= 128:
+    if tiles.stages > 1 and kernel in ("forward", "decode") and columns_of(dim) <= 128:
         made.append(replace(tiles, stages=tiles.stages - 1))
     if tiles.keys > 32:
         made.append(replace(tiles, keys=tiles.keys // 2))

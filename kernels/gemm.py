@@ -111,7 +111,7 @@ def covers(x: Tensor, weight: Tensor) -> bool:
 def candidates(x: Tensor, weight: Tensor) -> tuple[Blocks, ...]:
     """The largest tiles that leave one for every processor, then the others."""
     target = launch.target_of(x)
-    blocks = BLOCKS[100 if target.capability >= 100 else 90 if target.capability >= 90 else 80]
+    blocks = BLOCKS[target.choices]
 
     def tiles(b: Blocks) -> int:
         return triton.cdiv(x.shape[0], b.rows) * triton.cdiv(weight.shape[0], b.columns)

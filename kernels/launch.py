@@ -33,6 +33,11 @@ class Target:
     capability: int  # 80: A100, 90: H100 and H200, 100: B200
     processors: int  # streaming multiprocessors
 
+    @property
+    def choices(self) -> int:
+        """Whose launch choices it takes: 80, 90 or 100; GPUs of little shared memory (86, 89, 120): 80."""
+        return {9: 90, 10: 100}.get(self.capability // 10, 80)
+
 
 A100, H100, B200 = Target(80, 108), Target(90, 132), Target(100, 148)
 
