@@ -1,4 +1,6 @@
 """What linear, mlp and gated_mlp are made of: matrix products by cuBLAS, and element-wise kernels between them.
+Where it is asked for, or autotuning has found it to be faster, linear and mlp make a forward product and what follows
+it in one kernel instead (`gemm.py`).
 
 A product's bias is added by cuBLAS as it stores, in float32, so that what is left between two products is
 
@@ -14,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import autotune, gemm, launch
 from ._activation import value_and_slope
 from ._norm import add_parts
 
@@ -79,6 +81,30 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b in x's dtype, summed in float32."""
     weight = weight.to(x.dtype)
     return x @ weight.t() if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
+
+
+def layer(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool) -> tuple[Tensor, Tensor]:
+    """activation(x W^T + b), and x W^T + b (empty unless `keep`)."""
+    if not (gemm.ENABLED or autotune.ENABLED) or not gemm.covers(x, weight):
+        return _layer_by_cublas(x, weight, bias, activation, keep)
+
+    def start(blocks: gemm.Blocks | None) -> tuple[Tensor, Tensor]:
+        if blocks is None:
+            return _layer_by_cublas(x, weight, bias, activation, keep)
+        return gemm.layer(x, weight.to(x.dtype), bias, activation, keep, blocks)
+
+    blocks = gemm.candidates(x, weight)
+    shape_class = (
+        launch.power_of_two(x.shape[0]), *weight.shape, weight.dtype, activation, bias is not None, keep,
+    )  # fmt: skip
+    return start(autotune.pick("layer", shape_class, blocks if gemm.ENABLED else (None, *blocks), start, x))
+
+
+def _layer_by_cublas(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool
+) -> tuple[Tensor, Tensor]:
+    pre = matmul(x, weight, bias)
+    return activate(pre, activation, keep), pre if keep else x.new_empty(0, weight.shape[0])
 
 
 def activate(pre: Tensor, activation: str, keep: bool) -> Tensor:

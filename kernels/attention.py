@@ -1,21 +1,24 @@
 """attention and attention_varlen on NVIDIA GPUs: launch choices, allocation and the hand-over to the kernels.
 
-The equations are in `attention_forward.py` and `attention_backward.py`. Head dimensions are padded to the next power of
-two in registers; memory is read as it is.
+The equations are in `attention_forward.py` and `attention_backward.py`; few queries of many keys take
+`attention_decode.py`. Head dimensions are padded to the next power of two in registers; memory is read as it is.
 """
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-from . import launch
+from . import autotune, launch
 from .attention_backward import bias_gradient, key_gradients, query_gradient
+from .attention_decode import combine, decode
 from .attention_forward import forward
-from .attention_tiles import choose, columns_of
+from .attention_tiles import DECODE_KEYS, MOST_SPLITS, alternatives, choose, columns_of, split_keys
 
+FEATURES = ("BIAS", "ALIBI", "LENGTHS", "PACKED", "SOFTCAP", "DROPOUT", "LEFT", "RIGHT")
 MOST_ROWS = 256  # no tile has more
 FURTHEST = 1 << 30  # positions are 32-bit: a window that reaches further is as good as none
 
@@ -73,6 +76,7 @@ class Call:
         )
         self.packed = self.query.dim() == 3
         self.heads, self.key_heads, self.dim = self.query.shape[1], self.key.shape[1], self.query.shape[-1]
+        self.group = self.heads // max(1, self.key_heads)
         self.queries, self.keys = (t.shape[0 if self.packed else 2] for t in (self.query, self.key))
         self.batches = 1 if self.packed else self.query.shape[0]
         self.sequences = self.cu_seqlens_q.numel() - 1 if self.cu_seqlens_q is not None else self.batches
@@ -90,7 +94,7 @@ class Call:
     def numbers(self) -> tuple[int | float, ...]:
         kept = 1.0 - self.dropout
         return (
-            self.heads, self.heads // max(1, self.key_heads), self.queries, self.keys, self.dim, self.sequences,
+            self.heads, self.group, self.queries, self.keys, self.dim, self.sequences,
             *_strides(self.query), *_strides(self.key), *_strides(self.value),
             *(self.bias.stride() if self.bias is not None else (0, 0, 0, 0)),
             self.heads if self.alibi_slopes is not None and self.alibi_slopes.dim() == 2 else 0,
@@ -125,7 +129,27 @@ class Call:
         # Where sequences begin takes registers of key_gradients, which has none to spare.
         extras = self.extras + (self.packed and kernel is key_gradients)
         target = launch.target_of(self.query)
-        return choose(kernel.__name__, target, self.query.dtype, self.dim, extras, self.queries)
+        rows = self.queries * self.group if kernel is decode else self.queries
+        return choose(kernel.__name__, target, self.query.dtype, self.dim, extras, rows)
+
+    def shape_class(self) -> tuple[object, ...]:
+        """What a choice of tiles may depend on."""
+        sizes = (self.batches * self.heads, self.queries, self.keys)
+        features = {k: v for k, v in self.constants(launch.Tiles(0, 0, 0, 0)).items() if k in FEATURES}
+        window = launch.power_of_two(self.left + 1) if features["LEFT"] else 0
+        return (
+            *map(launch.power_of_two, sizes), self.group, self.dim, window,
+            *(f"{k}={v}" for k, v in features.items() if v not in (False, "none")),
+        )  # fmt: skip
+
+    def start(self, kernel, by: Callable[[launch.Tiles], None]) -> None:
+        """Runs `by` with tiles for a kernel."""
+        tiles = self.tiles(kernel)
+        if autotune.ENABLED:
+            name = kernel.__name__
+            candidates = (tiles, *alternatives(name, tiles, self.dim))
+            tiles = autotune.pick(name, self.shape_class(), candidates, by, self.query)
+        by(tiles)
 
     def grid(self, rows: int, block: int) -> int:
         """How many tiles the rows of all sequences take, without a look at the lengths of packed ones."""
@@ -150,9 +174,32 @@ def attention_fwd(query: Tensor, key: Tensor, value: Tensor, *rest) -> tuple[Ten
     out = _empty_heads(query)
     shape = (call.heads, call.queries, 2) if call.packed else (*query.shape[:3], 2)
     stats = query.new_empty(shape, dtype=torch.float32)
-    tiles = call.tiles(forward)
-    call.run(forward, (call.grid(call.queries, tiles.queries), call.heads), (out, stats), tiles)
+    few = call.queries * call.group <= call.tiles(decode).queries and call.keys >= DECODE_KEYS
+    if few and not call.packed and not call.dropout:
+        call.start(decode, lambda tiles: _decode(call, out, stats, tiles))
+    else:
+        call.start(forward, lambda tiles: call.run(
+            forward, (call.grid(call.queries, tiles.queries), call.heads), (out, stats), tiles,
+        ))  # fmt: skip
     return out, stats
+
+
+def _decode(call: Call, out: Tensor, stats: Tensor, tiles: launch.Tiles) -> None:
+    processors = launch.target_of(call.query).processors
+    first = max(0, call.keys - call.queries - call.left)  # that any query sees
+    splits = split_keys(first, call.keys, tiles.keys, call.batches * call.key_heads, processors)
+    several = splits.count > 1
+    parts = stats.new_empty((*stats.shape[:3], splits.count if several else 0, call.dim))
+    part_stats = stats.new_empty((*parts.shape[:4], 2))
+    call.run(
+        decode, (call.batches * splits.count, call.key_heads), (out, stats, parts, part_stats), tiles,
+        first_key=splits.first, span=splits.span, splits=splits.count, SPLIT=several,
+    )  # fmt: skip
+    if several:
+        together = min(MOST_SPLITS, launch.power_of_two(splits.count))
+        constants = {"SPLITS": together, "TOGETHER": min(16, together), "DIM": columns_of(call.dim)}
+        arguments = (parts, part_stats, out, stats, call.heads, call.queries, call.dim, splits.count)
+        launch.run(combine, (stats.numel() // 2,), arguments, constants, 4)
 
 
 def attention_bwd(
@@ -172,12 +219,14 @@ def attention_bwd(
         made = parts = tuple(_empty_heads(t) for t in (query, key, value))
         query_row, key_row = call.heads * call.dim, call.key_heads * call.dim
     delta = stats.new_empty(stats.shape[:-1])
-    tiles = call.tiles(query_gradient)
-    grid = (call.grid(call.queries, tiles.queries), call.heads)
-    call.run(query_gradient, grid, (out, grad_out, stats, delta, parts[0]), tiles, grad_row=query_row)
-    tiles = call.tiles(key_gradients)
-    grid = (call.grid(call.keys, tiles.keys), call.key_heads)
-    call.run(key_gradients, grid, (grad_out, stats, delta, parts[1], parts[2]), tiles, grad_row=key_row)
+    call.start(query_gradient, lambda tiles: call.run(
+        query_gradient, (call.grid(call.queries, tiles.queries), call.heads), (out, grad_out, stats, delta, parts[0]),
+        tiles, grad_row=query_row,
+    ))  # fmt: skip
+    call.start(key_gradients, lambda tiles: call.run(
+        key_gradients, (call.grid(call.keys, tiles.keys), call.key_heads), (grad_out, stats, delta, parts[1], parts[2]),
+        tiles, grad_row=key_row,
+    ))  # fmt: skip
     if not bias_shape:
         return *made, query.new_empty(0, dtype=torch.float32)
     return *made, _bias_gradient(call, grad_out, stats, delta, bias_shape)

@@ -23,6 +23,7 @@ from .attention_scores import (
     LOG2E,
     first_token,
     kept,
+    keys_seen,
     load_rows,
     locate,
     logits_and_slope,
@@ -85,14 +86,7 @@ def query_gradient(
 
     first = tile * QUERIES + shift
     last = tl.minimum(tile * QUERIES + QUERIES, own) - 1 + shift
-    begin, end, seen_by_all = 0, present, present
-    if RIGHT:
-        end = tl.minimum(end, tl.maximum(0, last + right + 1))
-        seen_by_all = tl.minimum(seen_by_all, tl.maximum(0, first + right + 1))
-    if LEFT:
-        begin = tl.maximum(0, first - left) // KEYS * KEYS
-        seen_by_all = begin
-    seen_by_all = seen_by_all // KEYS * KEYS
+    begin, seen_by_all, end = keys_seen(first, last, present, left, right, LEFT, RIGHT, KEYS)
     for masked in tl.static_range(2):
         from_key = begin if masked == 0 else seen_by_all
         to_key = seen_by_all if masked == 0 else end

@@ -20,14 +20,13 @@ import triton.language as tl
 from .attention_scores import (
     INFINITY,
     LOG2E,
+    attend,
     first_token,
-    kept,
+    keys_seen,
     load_rows,
     locate,
-    logits_and_slope,
     present_keys,
     store_rows,
-    visible,
 )
 
 
@@ -57,6 +56,7 @@ def forward(
     slope = 0.0
     if ALIBI:
         slope = tl.load(alibi + batch * alibi_batch + head)
+    seed_value = tl.cast(0, tl.int64)
     if DROPOUT:
         seed_value = tl.load(seed)
     present = present_keys(key_lengths, sequence, others, LENGTHS)
@@ -68,6 +68,7 @@ def forward(
     column = tl.arange(0, DIM)
     shift = others - own
     position = (row + shift)[:, None]
+    real = (row < own)[:, None]
     q = load_rows(query, tile * QUERIES, query_row, column, own, dim, True, EVEN, QUERIES)
     acc = tl.zeros((QUERIES, DIM), tl.float32)
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
@@ -75,40 +76,16 @@ def forward(
 
     first = tile * QUERIES + shift
     last = tl.minimum(tile * QUERIES + QUERIES, own) - 1 + shift
-    begin, end, seen_by_all = 0, present, present
-    if RIGHT:
-        end = tl.minimum(end, tl.maximum(0, last + right + 1))
-        seen_by_all = tl.minimum(seen_by_all, tl.maximum(0, first + right + 1))
-    if LEFT:
-        begin = tl.maximum(0, first - left) // KEYS * KEYS
-        seen_by_all = begin
-    seen_by_all = seen_by_all // KEYS * KEYS
+    begin, seen_by_all, end = keys_seen(first, last, present, left, right, LEFT, RIGHT, KEYS)
     for masked in tl.static_range(2):
         from_key = begin if masked == 0 else seen_by_all
         to_key = seen_by_all if masked == 0 else end
-        for start in range(from_key, to_key, KEYS):
-            k_row = start + tl.arange(0, KEYS)
-            k = load_rows(key, start, key_row, column, present, dim, masked == 1, EVEN, KEYS)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            inside = (row[:, None] < own) & (k_row[None, :] < present)
-            scores, _ = logits_and_slope(
-                scores, position, k_row[None, :], bias, slope, inside, scale, softcap, bias_row, bias_key, row[:, None],
-                MODIFIED, SOFTCAP, BIAS, ALIBI,
-            )  # fmt: skip
-            if masked == 1:
-                seen = visible(position, k_row[None, :], present, left, right, LEFT, RIGHT)
-                scores = tl.where(seen, scores, -INFINITY)
-            risen = tl.maximum(top, tl.max(scores, axis=1) * factor)
-            base = tl.where(risen == -INFINITY, 0.0, risen)
-            weights = tl.exp2(scores * factor - base[:, None])
-            shrink = tl.exp2(top - base)
-            total = total * shrink + tl.sum(weights, axis=1)
-            top = risen
-            if DROPOUT:
-                keep = kept(seed_value, sequence * heads + head, row, start, threshold, QUERIES, KEYS)
-                weights = tl.where(keep, weights, 0.0)
-            v = load_rows(value, start, value_row, column, present, dim, masked == 1, EVEN, KEYS)
-            acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        acc, top, total = attend(
+            acc, top, total, q, key, value, from_key, to_key, present, real, position, row[:, None], column, dim,
+            key_row, value_row, bias, bias_row, bias_key, slope, scale, softcap, left, right, factor,
+            seed_value, sequence * heads + head, threshold, row,
+            BIAS, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, MODIFIED, PRECISION, EVEN, QUERIES, KEYS, masked == 1,
+        )  # fmt: skip
 
     some = total != 0.0
     inverse = tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)

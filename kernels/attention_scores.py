@@ -140,6 +140,59 @@ def visible(position, key, present, left, right, LEFT: tl.constexpr, RIGHT: tl.c
 
 
 @triton.jit
+def keys_seen(first, last, present, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, KEYS: tl.constexpr):
+    """For queries at positions [first, last]: (begin, middle, end), whole tiles of keys but for the last one.
+
+    Keys outside of [begin, end) are seen by none, those of [begin, middle) by all: none with a window.
+    """
+    begin, middle, end = 0, present, present
+    if RIGHT:
+        end = tl.minimum(end, tl.maximum(0, last + right + 1))
+        middle = tl.minimum(middle, tl.maximum(0, first + right + 1))
+    if LEFT:
+        begin = tl.maximum(0, first - left) // KEYS * KEYS
+        middle = begin
+    return begin, middle // KEYS * KEYS, end
+
+
+@triton.jit
+def attend(
+    acc, top, total, q, key, value, from_key, to_key, present, real, position, row, column, dim, key_row, value_row,
+    bias, bias_row, bias_key, slope, scale, softcap, left, right, factor, seed, stream, threshold, keep_row,
+    BIAS: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr,
+    RIGHT: tl.constexpr, MODIFIED: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries and keys [from_key, to_key): weighted values acc, the largest logit and the sum of weights.
+
+    real, position, row: [QUERIES, 1], which queries there are, where they stand among the keys, and their numbers;
+    unless MASKED, every query sees all of these keys. seed, stream, threshold, keep_row [QUERIES]: for dropout.
+    """
+    for start in range(from_key, to_key, KEYS):
+        k_row = (start + tl.arange(0, KEYS))[None, :]
+        k = load_rows(key, start, key_row, column, present, dim, MASKED, EVEN, KEYS)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores, _ = logits_and_slope(
+            scores, position, k_row, bias, slope, real & (k_row < present), scale, softcap, bias_row, bias_key, row,
+            MODIFIED, SOFTCAP, BIAS, ALIBI,
+        )  # fmt: skip
+        if MASKED:
+            scores = tl.where(visible(position, k_row, present, left, right, LEFT, RIGHT), scores, -INFINITY)
+        risen = tl.maximum(top, tl.max(scores, axis=1) * factor)
+        base = tl.where(risen == -INFINITY, 0.0, risen)
+        weights = tl.exp2(scores * factor - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(weights, axis=1)
+        top = risen
+        if DROPOUT:
+            keep = kept(seed, stream, keep_row, start, threshold, QUERIES, KEYS)
+            weights = tl.where(keep, weights, 0.0)
+        v = load_rows(value, start, value_row, column, present, dim, MASKED, EVEN, KEYS)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, top, total
+
+
+@triton.jit
 def _words(seed, head, row, group):
     """Philox4x32 with seven rounds (Salmon et al. 2011): four words for each row and each of 16 lanes."""
     lane = tl.arange(0, 16)[None, :].to(tl.uint32)

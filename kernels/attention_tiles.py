@@ -5,7 +5,7 @@ without spilling any, for every feature of the interface (tests/kernels/test_ahe
 been compared by time on a GPU.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,6 +30,12 @@ FORWARD: dict[int, Table] = {
         (256, 0, Tiles(128, 64, 8, 2)),
         (256, ANY, Tiles(64, 32, 8, 1)),
     ),
+}
+# Their queries are the most that decode takes, of all heads that share a key head.
+DECODE: dict[int, Table] = {
+    80: ((64, ANY, Tiles(64, 64, 4, 2)), (128, ANY, Tiles(32, 64, 4, 2)), (256, ANY, Tiles(32, 32, 4, 2))),
+    90: ((128, ANY, Tiles(64, 64, 4, 3)), (256, ANY, Tiles(32, 32, 4, 3))),
+    100: ((128, ANY, Tiles(64, 64, 4, 3)), (256, ANY, Tiles(32, 32, 4, 3))),
 }
 QUERY_GRADIENT: dict[int, Table] = {
     80: ((128, ANY, Tiles(64, 64, 8, 2)), (256, ANY, Tiles(64, 32, 8, 1))),
@@ -68,16 +74,41 @@ BIAS_GRADIENT: dict[int, Table] = {
 }
 FLOAT32: dict[str, Tiles] = {
     "forward": Tiles(32, 32, 8, 1, "tf32x3"),
+    "decode": Tiles(32, 32, 8, 1, "tf32x3"),
     "query_gradient": Tiles(16, 32, 4, 1, "tf32x3"),
     "key_gradients": Tiles(16, 32, 4, 1),
     "bias_gradient": Tiles(32, 32, 8, 1),
 }
 TABLES = {
     "forward": FORWARD,
+    "decode": DECODE,
     "query_gradient": QUERY_GRADIENT,
     "key_gradients": KEY_GRADIENTS,
     "bias_gradient": BIAS_GRADIENT,
 }
+
+
+DECODE_KEYS = 128  # from which on few queries take decode
+DECODE_PROGRAMS = 2  # for a processor, which has room for them
+LEAST_TILES, MOST_SPLITS = 4, 128  # of keys for a program: fewer do not pay for combining; what combine takes
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Keys from `first` on, `span` of them for each of `count` programs."""
+
+    first: int
+    span: int
+    count: int
+
+
+def split_keys(first: int, keys: int, block: int, programs: int, processors: int) -> Splits:
+    """Keys [first, keys) so that `programs` times the splits keep the processors busy; whole blocks of keys each."""
+    first = first // block * block
+    tiles = max(1, -(-(keys - first) // block))
+    count = min(-(-DECODE_PROGRAMS * processors // max(1, programs)), tiles // LEAST_TILES, MOST_SPLITS)
+    span = -(-tiles // max(1, count))
+    return Splits(first, span * block, -(-tiles // span))
 
 
 def columns_of(dim: int) -> int:
@@ -86,14 +117,28 @@ def columns_of(dim: int) -> int:
 
 
 def choose(kernel: str, target: Target, dtype: torch.dtype, dim: int, extras: int, queries: int) -> Tiles:
-    """The tiles of one of the four kernels; fewer queries than a tile has take the smallest tile that holds them."""
+    """The tiles of one of the kernels; fewer queries than a tile has take the smallest tile that holds them."""
     columns = columns_of(dim)
     if dtype is torch.float32:
         tiles = FLOAT32[kernel]
     else:
-        table = TABLES[kernel][100 if target.capability >= 100 else 90 if target.capability >= 90 else 80]
+        table = TABLES[kernel][target.choices]
         tiles = next(t for most_columns, most_extras, t in table if columns <= most_columns and extras <= most_extras)
     rows = max(16, power_of_two(queries))
     if rows >= tiles.queries:
         return tiles
     return replace(tiles, queries=rows, warps=tiles.warps if kernel == "key_gradients" else min(4, tiles.warps))
+
+
+def alternatives(kernel: str, tiles: Tiles, dim: int) -> tuple[Tiles, ...]:
+    """What is worth a try beside the largest tiles that fit: smaller ones, of which a processor may hold more."""
+    if tiles.precision != "ieee":
+        return ()
+    made = []
+    if tiles.stages > 1 and kernel in ("forward", "decode") and columns_of(dim) <= 128:
+        made.append(replace(tiles, stages=tiles.stages - 1))
+    if tiles.keys > 32:
+        made.append(replace(tiles, keys=tiles.keys // 2))
+    if tiles.queries > 32 and kernel != "decode":
+        made.append(replace(tiles, queries=tiles.queries // 2))
+    return tuple(made)

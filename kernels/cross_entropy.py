@@ -6,7 +6,8 @@
 
 logits [rows, classes] with contiguous rows. Both parts of lse are kept, [rows, 2]: their sum would be rounded to the
 precision of the largest logit. Forward reads the logits once, a program to a row, with a running maximum and sum over
-pieces of it; backward reads them once and writes as much, a program to a piece of a row.
+pieces of it; backward reads them once and writes as much, a program to a piece of a row. Rows whose target is ignored
+are not read.
 
 `differentiate_in_place` does both for linear_cross_entropy: a program finds its row's lse, then goes over the row again
 while it is in the L2 cache and puts the gradient in the logits' place.
@@ -52,24 +53,22 @@ def _statistics(logits, classes, softcap, SOFTCAP: tl.constexpr, SMOOTH: tl.cons
 
 @triton.jit
 def _loss(
-    logits, target, classes, top, log_sum, level, ignore_index, smoothing, softcap,
-    SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr,
-):  # fmt: skip
+    logits, target, classes, top, log_sum, level, smoothing, softcap, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr
+):
     """A row's loss, and whether no logit is above the target's."""
     valid = (target >= 0) & (target < classes)
     chosen = _capped(tl.load(logits + tl.where(valid, target, 0)).to(tl.float32), softcap, SOFTCAP)
     loss = log_sum + (top - chosen)
     if SMOOTH:
         loss = (1.0 - smoothing) * loss + smoothing * (log_sum - level / classes)
-    correct = (target != ignore_index) & valid & (chosen >= top)
-    return tl.where(target == ignore_index, 0.0, tl.where(valid, loss, float("nan"))), correct
+    correct = valid & (chosen >= top)
+    return tl.where(valid, loss, float("nan")), correct
 
 
 @triton.jit
 def _slope(
-    x, column, target, classes, top, log_sum, scale, ignore_index, smoothing, softcap,
-    SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr,
-):  # fmt: skip
+    x, column, target, classes, top, log_sum, scale, smoothing, softcap, SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr
+):
     """The gradient of the loss with respect to some of a row's logits x."""
     z = _capped(x, softcap, SOFTCAP)
     hit = column == target
@@ -80,7 +79,7 @@ def _slope(
     grad = scale * (tl.exp(z - top - log_sum) - goal)
     if SOFTCAP:
         grad *= 1.0 - (z / softcap) * (z / softcap)
-    return tl.where(target == ignore_index, 0.0, grad)
+    return grad
 
 
 @triton.jit
@@ -90,12 +89,17 @@ def _forward(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    top, log_sum, level = _statistics(logits, classes, softcap, SOFTCAP, SMOOTH, COLUMNS)
-    tl.store(lse + 2 * row, top)
-    tl.store(lse + 2 * row + 1, log_sum)
     t = tl.load(target + row)
-    value, _ = _loss(logits, t, classes, top, log_sum, level, ignore_index, smoothing, softcap, SOFTCAP, SMOOTH)
-    tl.store(loss + row, value)
+    if t == ignore_index:
+        tl.store(lse + 2 * row, 0.0)
+        tl.store(lse + 2 * row + 1, 0.0)
+        tl.store(loss + row, 0.0)
+    else:
+        top, log_sum, level = _statistics(logits, classes, softcap, SOFTCAP, SMOOTH, COLUMNS)
+        tl.store(lse + 2 * row, top)
+        tl.store(lse + 2 * row + 1, log_sum)
+        value, _ = _loss(logits, t, classes, top, log_sum, level, smoothing, softcap, SOFTCAP, SMOOTH)
+        tl.store(loss + row, value)
 
 
 @triton.jit
@@ -107,11 +111,15 @@ def _backward(
     row = tl.program_id(0).to(tl.int64) // pieces
     column = (tl.program_id(0) % pieces) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < classes
-    x = tl.load(logits + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    g = _slope(
-        x, column, tl.load(target + row), classes, tl.load(lse + 2 * row), tl.load(lse + 2 * row + 1),
-        tl.load(scale + row * scale_stride), ignore_index, smoothing, softcap, SOFTCAP, SMOOTH,
-    )  # fmt: skip
+    t = tl.load(target + row)
+    if t == ignore_index:
+        g = tl.zeros((COLUMNS,), tl.float32)
+    else:
+        x = tl.load(logits + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+        g = _slope(
+            x, column, t, classes, tl.load(lse + 2 * row), tl.load(lse + 2 * row + 1),
+            tl.load(scale + row * scale_stride), smoothing, softcap, SOFTCAP, SMOOTH,
+        )  # fmt: skip
     tl.store(grad + row * classes + column, g.to(grad.dtype.element_ty), mask=inside)
 
 
@@ -123,21 +131,27 @@ def _in_place(
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     t = tl.load(target + row)
-    top, log_sum, level = _statistics(logits, classes, softcap, SOFTCAP, SMOOTH, COLUMNS)
-    value, hit = _loss(logits, t, classes, top, log_sum, level, ignore_index, smoothing, softcap, SOFTCAP, SMOOTH)
-    tl.store(loss + row, value)
-    tl.store(correct + row, hit.to(tl.float32))
-    if GRADIENT:
-        tl.debug_barrier()  # the target's logit has been read before it is overwritten
-        factor = tl.load(scale + row * scale_stride)
-        for start in range(0, classes, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
-            inside = column < classes
-            x = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32)
-            g = _slope(
-                x, column, t, classes, top, log_sum, factor, ignore_index, smoothing, softcap, SOFTCAP, SMOOTH
-            )  # fmt: skip
-            tl.store(logits + column, g.to(logits.dtype.element_ty), mask=inside)
+    if t == ignore_index:
+        tl.store(loss + row, 0.0)
+        tl.store(correct + row, 0.0)
+        if GRADIENT:
+            for start in range(0, classes, COLUMNS):
+                column = start + tl.arange(0, COLUMNS)
+                tl.store(logits + column, tl.zeros((COLUMNS,), logits.dtype.element_ty), mask=column < classes)
+    else:
+        top, log_sum, level = _statistics(logits, classes, softcap, SOFTCAP, SMOOTH, COLUMNS)
+        value, hit = _loss(logits, t, classes, top, log_sum, level, smoothing, softcap, SOFTCAP, SMOOTH)
+        tl.store(loss + row, value)
+        tl.store(correct + row, hit.to(tl.float32))
+        if GRADIENT:
+            tl.debug_barrier()  # the target's logit has been read before it is overwritten
+            factor = tl.load(scale + row * scale_stride)
+            for start in range(0, classes, COLUMNS):
+                column = start + tl.arange(0, COLUMNS)
+                inside = column < classes
+                x = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32)
+                g = _slope(x, column, t, classes, top, log_sum, factor, smoothing, softcap, SOFTCAP, SMOOTH)
+                tl.store(logits + column, g.to(logits.dtype.element_ty), mask=inside)
 
 
 def choose(classes: int) -> launch.Rows:

@@ -1,14 +1,29 @@
-"""gated_mlp on NVIDIA GPUs: y = (act(x Wg^T) (x Wu^T)) Wd^T. The products are cuBLAS's; the rest is in `_dense.py`."""
+"""gated_mlp on NVIDIA GPUs: y = dropout((act(x Wg^T) (x Wu^T)) Wd^T) + residual.
+
+The products are cuBLAS's; the rest is in `_dense.py`.
+"""
 
 import torch
 from torch import Tensor
 
 from . import _dense
+from .dropout import finish
 
 
-def gated_mlp_fwd(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str, save: bool):
+def gated_mlp_fwd(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    activation: str,
+    save: bool,
+    residual: Tensor | None = None,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
+):
     gate, up = _dense.matmul(x, w_gate), _dense.matmul(x, w_up)
     y = _dense.matmul(_dense.gate(gate, up, activation, keep=save), w_down)
+    y = finish(y, residual, seed, dropout_p)
     return (y, gate, up) if save else (y, *(x.new_empty(0, w_gate.shape[0]) for _ in range(2)))
 
 

@@ -1,13 +1,15 @@
 """How kernels are launched: what is known of the device, what is chosen for a launch, and the one place that makes it.
 
 Every kernel of this package is started by `run`. Choices (block sizes, warps, pipeline stages) are frozen data that a
-function of shapes, dtypes and the device's compute capability picks: no measuring at run time, no state. A test puts
+function of shapes, dtypes and the device's compute capability picks: no measuring at run time unless it is asked for
+(`autotune.py`), no state. A test puts
 a recorder in place of `run`, gives the launchers tensors without memory, and so compiles ahead of time what they would
 have started.
 """
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,12 +18,25 @@ import triton
 from torch import Tensor
 
 
+def switch(name: str) -> bool:
+    """An environment variable that is 1 (on), or 0, empty or not set (off)."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{name} must be 0 or 1, not {value!r}")
+    return value == "1"
+
+
 @dataclass(frozen=True)
 class Target:
     """What choices depend on."""
 
     capability: int  # 80: A100, 90: H100 and H200, 100: B200
     processors: int  # streaming multiprocessors
+
+    @property
+    def choices(self) -> int:
+        """Whose launch choices it takes: 80, 90 or 100; GPUs of little shared memory (86, 89, 120): 80."""
+        return {9: 90, 10: 100}.get(self.capability // 10, 80)
 
 
 A100, H100, B200 = Target(80, 108), Target(90, 132), Target(100, 148)
@@ -78,12 +93,16 @@ class Tiles:
     precision: str = "ieee"
 
 
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Within it, `device` is the current one, if it is a GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def run(kernel, grid: tuple[int, ...], arguments: tuple, constants: dict, warps: int, stages: int = 1) -> None:
     """Starts `kernel` on the current stream of its tensors' device; nothing for an empty grid."""
     if 0 in grid:
         return
-    device = next(a.device for a in arguments if isinstance(a, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on_device(next(a.device for a in arguments if isinstance(a, Tensor))):
         kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
 
 

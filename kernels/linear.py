@@ -1,14 +1,23 @@
-"""linear on NVIDIA GPUs: y = act(x W^T + b). The products are cuBLAS's; what lies between them is in `_dense.py`."""
+"""linear on NVIDIA GPUs: y = dropout(act(x W^T + b)) + residual. Products and what lies between are in `_dense.py`."""
 
 from torch import Tensor
 
 from . import _dense
+from .dropout import finish
 
 
-def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_pre: bool):
-    pre = _dense.matmul(x, weight, bias)
-    y = _dense.activate(pre, activation, keep=save_pre)
-    return y, pre if save_pre else x.new_empty(0, weight.shape[0])
+def linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    save_pre: bool,
+    residual: Tensor | None = None,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
+):
+    y, pre = _dense.layer(x, weight, bias, activation, keep=save_pre)
+    return finish(y, residual, seed, dropout_p), pre
 
 
 def linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor, activation: str, wants: list[bool]):

@@ -6,7 +6,8 @@ over all chunks. Beside the gradients, memory is needed for the logits of one ch
 
 A chunk's cost that does not shrink with it is reading and writing dW, and reading W: chunks grow with W, within
 bounds. On a mean or a sum the gradient of each token's loss is known in forward, which makes all gradients; nothing is
-read back by the host, not even the number of tokens that count, so tokens that are ignored cost as much as others.
+read back by the host, not even the number of tokens that count, so the products of tokens that are ignored are made as
+others are: cuBLAS takes no number of rows that only the device knows. Their logits are not read, only overwritten by 0.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""mlp on NVIDIA GPUs: y = act(x W1^T + b1) W2^T + b2. The products are cuBLAS's; the rest is in `_dense.py`.
+"""mlp on NVIDIA GPUs: y = dropout(act(x W1^T + b1) W2^T + b2) + residual. Its parts are in `_dense.py`.
 
 Backward makes the hidden activations again from x W1^T + b1 in the pass that makes their gradient.
 """
@@ -6,12 +6,24 @@ Backward makes the hidden activations again from x W1^T + b1 in the pass that ma
 from torch import Tensor
 
 from . import _dense
+from .dropout import finish
 
 
-def mlp_fwd(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str, save_pre: bool):
-    pre = _dense.matmul(x, w1, b1)
-    hidden = _dense.activate(pre, activation, keep=save_pre)
-    return _dense.matmul(hidden, w2, b2), pre if save_pre else x.new_empty(0, w1.shape[0])
+def mlp_fwd(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+    save_pre: bool,
+    residual: Tensor | None = None,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
+):
+    hidden, pre = _dense.layer(x, w1, b1, activation, keep=save_pre)
+    y, _ = _dense.layer(hidden, w2, b2, "none", keep=False)
+    return finish(y, residual, seed, dropout_p), pre
 
 
 def mlp_bwd(dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, pre: Tensor, activation: str, wants: list[bool]):

@@ -1,12 +1,17 @@
-"""AdamW and the norm of gradients on NVIDIA GPUs: one launch for all tensors, whatever their number and sizes.
+"""AdamW, SGD and the norm of gradients on NVIDIA GPUs: one launch for all tensors, whatever their number and sizes.
 
 adamw (Loshchilov and Hutter 2019), in the order torch does it, in float32, with t the step that is being made:
 
     p = p (1 - lr decay);  m = m + (1 - b1) (g - m);  v = b2 v + (1 - b2) g^2
     p = p - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
-p, g, m and v are read once and p, m and v written once; bfloat16 ones may be rounded stochastically, by random numbers
-that depend on the step and the element alone. Tensors are described by a table on the device, a row of FIELDS
+sgd, as torch does it, in float32:
+
+    g = g + decay p;  m = momentum m + (1 - dampening) g, at first m = g
+    p = p - lr (g without momentum, g + momentum m for Nesterov's, else m)
+
+Each tensor is read once, and p, m and v written once; AdamW's bfloat16 ones may be rounded stochastically, by random
+numbers that depend on the step and the element alone. Tensors are described by a table on the device, a row of FIELDS
 numbers each, in which a program finds its tensor by bisection; the table is made anew only when an address changes.
 Tensors of other dtypes, or at another step, take a launch of their own.
 
@@ -128,6 +133,48 @@ def _adamw(
 
 
 @triton.jit
+def _descend(
+    row, i, count, lr, momentum, undamped, decay, sign, PARAMETER: tl.constexpr, GRADIENT: tl.constexpr,
+    MOMENTUM: tl.constexpr, FIRST: tl.constexpr, NESTEROV: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    parameter = _address(row, 2, PARAMETER, ALIGNED)
+    p = _load(parameter, i, count, MASKED)
+    g = _load(_address(row, 3, GRADIENT, ALIGNED), i, count, MASKED) * sign + decay * p
+    if MOMENTUM:
+        buffer = _address(row, 4, PARAMETER, ALIGNED)
+        if FIRST:
+            m = g
+        else:
+            m = momentum * _load(buffer, i, count, MASKED) + undamped * g
+        _store(buffer, m, i, count, PARAMETER, MASKED)
+        if NESTEROV:
+            g += momentum * m
+        else:
+            g = m
+    _store(parameter, p - lr * g, i, count, PARAMETER, MASKED)
+
+
+@triton.jit
+def _sgd(
+    table, tensors, lr, momentum, undamped, decay, sign, PARAMETER: tl.constexpr, GRADIENT: tl.constexpr,
+    MOMENTUM: tl.constexpr, FIRST: tl.constexpr, NESTEROV: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, chunk = _find(table, tensors)
+    count = tl.load(row + 1)
+    i = chunk * COLUMNS + tl.arange(0, COLUMNS)
+    if (chunk + 1) * COLUMNS <= count:
+        _descend(
+            row, i, count, lr, momentum, undamped, decay, sign,
+            PARAMETER, GRADIENT, MOMENTUM, FIRST, NESTEROV, ALIGNED, False,
+        )  # fmt: skip
+    else:
+        _descend(
+            row, i, count, lr, momentum, undamped, decay, sign,
+            PARAMETER, GRADIENT, MOMENTUM, FIRST, NESTEROV, ALIGNED, True,
+        )  # fmt: skip
+
+
+@triton.jit
 def _squares(table, tensors, parts, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr):
     row, chunk = _find(table, tensors)
     count = tl.load(row + 1)
@@ -210,6 +257,34 @@ def adamw_(
         _launch(_adamw, lists, numbers, constants)
 
 
+def sgd_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    steps: list[int],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+) -> None:
+    """momentum_buffers and steps are empty without momentum."""
+    with_momentum = bool(momentum_buffers)
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        groups[p.device, p.dtype, g.dtype, with_momentum and steps[i] == 1].append(i)
+    for (_, dtype, grad_dtype, first), members in groups.items():
+        buffers = momentum_buffers if with_momentum else grads  # never touched then
+        lists = tuple([t[i] for i in members] for t in (params, grads, buffers, buffers))
+        numbers = (lr, momentum, 1.0 - dampening, weight_decay, -1.0 if maximize else 1.0)
+        constants = {
+            "PARAMETER": _ELEMENTS[dtype], "GRADIENT": _ELEMENTS[grad_dtype], "MOMENTUM": with_momentum,
+            "FIRST": first, "NESTEROV": nesterov,
+        }  # fmt: skip
+        _launch(_sgd, lists, numbers, constants)
+
+
 def _by_dtype(grads: list[Tensor]) -> list[list[Tensor]]:
     groups: dict[tuple, list[Tensor]] = defaultdict(list)
     for g in grads:
@@ -234,4 +309,4 @@ def clip_grad_norm(grads: list[Tensor], max_norm: float) -> Tensor:
     return norm.float()
 
 
-OPERATORS = {"adamw_": adamw_}
+OPERATORS = {"adamw_": adamw_, "sgd_": sgd_}

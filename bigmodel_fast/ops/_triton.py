@@ -14,16 +14,18 @@ from .. import _dispatch
 LAUNCHERS = {
     "attention": ("attention_fwd", "attention_bwd"),
     "cross_entropy": ("cross_entropy_fwd", "cross_entropy_bwd"),
+    "dropout": ("dropout_fwd",),
+    "embedding": ("embedding_fwd", "embedding_bwd"),
     "gated_mlp": ("gated_mlp_fwd", "gated_mlp_bwd"),
     "layer_norm": ("layer_norm_fwd", "layer_norm_bwd"),
     "linear": ("linear_fwd", "linear_bwd"),
     "linear_cross_entropy": ("linear_cross_entropy_fwd", "linear_cross_entropy_bwd"),
     "mlp": ("mlp_fwd", "mlp_bwd"),
-    "optim": ("adamw_",),
+    "optim": ("adamw_", "sgd_"),
     "rms_norm": ("rms_norm_fwd", "rms_norm_bwd"),
     "rotary": ("rotary_fwd",),
 }
-PUBLIC = {*LAUNCHERS, "attention_varlen", "AdamW", "clip_grad_norm_"} - {"optim"}
+PUBLIC = {*LAUNCHERS, "attention_varlen", "AdamW", "SGD", "clip_grad_norm_"} - {"optim"}
 
 _implementations = torch.library.Library("bigmodel_fast", "IMPL")
 

@@ -49,10 +49,11 @@ def embedding(token: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         token: [...], int64, each in [0, classes).
-        weight: [classes, width]; float32, bfloat16 or (by reference) another floating dtype.
+        weight: [classes, width]; float32, bfloat16, float16 on NVIDIA GPUs, or (by reference) another floating dtype.
 
     Returns:
-        [..., width] in weight's dtype. Gradients of one row are summed in float32.
+        [..., width] in weight's dtype. Gradients of one row are summed in float32. On a GPU, where nothing waits for
+        the values of token, one that is out of range gives a row of NaN.
 
     Raises:
         TypeError: token is not int64, or weight not floating point.

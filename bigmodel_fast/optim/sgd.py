@@ -9,7 +9,8 @@ from . import _fused
 class SGD(torch.optim.SGD):
     """As torch.optim.SGD: same arguments, defaults, param groups, schedulers and state_dict, both ways.
 
-    float32 and bfloat16 parameters on CPU take the kernel; everything else, torch's own step; `bmf.explain()` says so.
+    float32 and bfloat16 parameters, and float16 ones on NVIDIA GPUs, take the kernel; everything else, torch's own
+    step; `bmf.explain()` says so.
     """
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from bigmodel_fast.kernels import launch
+from bigmodel_fast.kernels import autotune, launch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -73,8 +73,8 @@ def specialise(value: object) -> tuple[str, bool]:
 
 
 @contextlib.contextmanager
-def recorded(target: launch.Target) -> Iterator[list[Variant]]:
-    """Collects the variants that launchers ask for within it, each once."""
+def recorded(target: launch.Target, every_candidate: bool = False) -> Iterator[list[Variant]]:
+    """Collects the variants that launchers ask for within it, each once; or all that autotuning would try."""
     variants: dict[Variant, None] = {}
 
     def record(kernel, grid, arguments, constants, warps, stages=1) -> None:
@@ -96,15 +96,23 @@ def recorded(target: launch.Target) -> Iterator[list[Variant]]:
         key = Variant(kernel, tuple(signature), tuple(sorted(fixed.items())), tuple(aligned), warps, stages)
         variants[key] = None
 
+    def try_all(kernel, shape_class, candidates, start, t):
+        for candidate in candidates:
+            start(candidate)
+        return candidates[0]
+
     collected: list[Variant] = []
     with pytest.MonkeyPatch.context() as patch, launch.assume(target):
         patch.setattr(launch, "run", record)
+        if every_candidate:
+            patch.setattr(autotune, "ENABLED", True)
+            patch.setattr(autotune, "pick", try_all)
         yield collected
     collected += variants
 
 
-def variants_of(call: Callable[[], object], target: launch.Target) -> list[Variant]:
-    with recorded(target) as variants:
+def variants_of(call: Callable[[], object], target: launch.Target, every_candidate: bool = False) -> list[Variant]:
+    with recorded(target, every_candidate) as variants:
         call()
     return variants
 

@@ -8,7 +8,10 @@ import torch
 from bigmodel_fast.kernels import (
     attention,
     cross_entropy,
+    dropout,
+    embedding,
     gated_mlp,
+    gemm,
     layer_norm,
     linear,
     linear_cross_entropy,
@@ -60,6 +63,27 @@ def dense(dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
+def dropouts(dtype: torch.dtype) -> Iterator[Case]:
+    x, seed = meta(8192, 768, dtype=dtype), meta(1, dtype=torch.int64)
+    yield "dropout", partial(dropout.dropout_fwd, x, seed, 0.1, None, dtype)
+    yield "dropout-residual", partial(dropout.dropout_fwd, x, seed, 0.1, meta(8192, 768), F32)
+    yield "residual", partial(dropout.dropout_fwd, x, None, 0.0, x, dtype)
+
+
+def products(dtype: torch.dtype) -> Iterator[Case]:
+    """The dense layer in one kernel, with every tile that a GPU has."""
+    if dtype is not F32:  # which it does not take
+        x, w, b = meta(8192, 768, dtype=dtype), meta(3072, 768, dtype=dtype), meta(3072)
+        for kind in ("none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "relu2"):
+            for i in range(4):
+                yield f"gemm-{kind}-{i}", partial(_layer, x, w, b, kind, i)
+
+
+def _layer(x: Tensor, weight: Tensor, bias: Tensor, kind: str, place: int) -> None:
+    blocks = gemm.candidates(x, weight)
+    gemm.layer(x, weight, bias, kind, kind != "none", blocks[min(place, len(blocks) - 1)])
+
+
 def losses(dtype: torch.dtype) -> Iterator[Case]:
     target, none = meta(4096, dtype=torch.int64), [False] * 3
     for classes, smoothing, softcap in ((50304, 0.0, 0.0), (128256, 0.1, 30.0), (10, 0.1, 0.0), (1000, 0.0, 30.0)):
@@ -74,6 +98,14 @@ def losses(dtype: torch.dtype) -> Iterator[Case]:
     each = partial(linear_cross_entropy.linear_cross_entropy_bwd, meta(4096), x, w, None, target)
     yield "linear_cross_entropy-none", partial(each, -100, 0.0, 0.0, "none", [True, True, False])
     yield "scale", partial(linear_cross_entropy.scale_gradients, [x, w], meta())
+
+
+def embeddings(dtype: torch.dtype) -> Iterator[Case]:
+    token = meta(8192, dtype=torch.int64)
+    for classes, width in ((50304, 768), (128256, 4096), (65, 10)):
+        yield f"embedding-{width}", partial(embedding.embedding_fwd, token, meta(classes, width, dtype=dtype))
+        grad = meta(8192, width, dtype=dtype)
+        yield f"embedding-backward-{width}", partial(embedding.embedding_bwd, grad, token, classes, dtype)
 
 
 @dataclass(frozen=True)
@@ -145,6 +177,13 @@ FEATURES = (
     Attention("everything", window=512, softcap=30.0, alibi=True, mask=True, lengths=True, dropout=0.1, causal=True),
     Attention("everything-256", dim=256, bias=(1, 32, 4096, 4096), softcap=30.0, alibi=True, dropout=0.1, causal=True),
     Attention("one-query", queries=1),
+    Attention("decode", queries=1, key_heads=32, window=1000, causal=True),
+    Attention("decode-256", queries=4, dim=256, key_heads=16, lengths=True, causal=True),
+    Attention("decode-64", queries=8, dim=64, key_heads=4, softcap=30.0, causal=True),
+    Attention("decode-80", queries=3, dim=80, bias=(4, 32, 3, 4096), alibi=True, lengths=True, causal=True),
+    Attention("decode-everything-32", queries=8, window=512, softcap=30.0, alibi=True, mask=True, lengths=True),
+    Attention("decode-everything", queries=16, window=512, softcap=30.0, alibi=True, mask=True, lengths=True),
+    Attention("decode-everything-256", queries=8, dim=256, softcap=30.0, alibi=True, mask=True, lengths=True),
     Attention("one-query-dropout", queries=1, keys=1, dropout=0.1, key_heads=32),
     Attention("few-queries", queries=50, causal=True, packed=True),
 )
@@ -164,6 +203,10 @@ def optimizer(dtype: torch.dtype) -> Iterator[Case]:
         "adamw",
         partial(optim.adamw_, params, grads, params, params, [1] * 4, 1e-3, 0.9, 0.95, 1e-8, 0.1, False, 1.0, True),
     )
+    descend = partial(optim.sgd_, params, grads)
+    yield "sgd", partial(descend, [], [], 1e-2, 0.0, 0.0, 0.1, False, False)
+    for nesterov in (False, True):
+        yield f"sgd-{nesterov}", partial(descend, params, [1, 2, 2, 2], 1e-2, 0.9, 0.0, 0.1, nesterov, False)
     yield "clip", partial(optim.clip_grad_norm, grads, 1.0)
 
 
@@ -171,7 +214,10 @@ GROUPS: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
     "norms": norms,
     "rotary": rotations,
     "dense": dense,
+    "products": products,
     "losses": losses,
+    "dropout": dropouts,
+    "embedding": embeddings,
     "optimizer": optimizer,
     "attention": attentions,
 }

@@ -1,7 +1,7 @@
 """Every kernel down to machine code for GPUs that are not here, and what it takes of them.
 
-By default a selection, on the most used GPU mostly; BMF_COMPILE_ALL=1 compiles every kernel, dtype and launch choice
-for every GPU (minutes).
+By default a selection, on the most used GPU mostly; BMF_COMPILE_ALL=1 compiles every kernel, dtype and launch choice,
+those that autotuning would try included, for every GPU (many minutes).
 """
 
 import os
@@ -23,7 +23,8 @@ REGISTERS = 65536  # of a processor, so of a program
 EVERYTHING = os.environ.get("BMF_COMPILE_ALL") == "1"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What the default run takes of attention: the features that need most, and each head dimension's class.
-SELECTED = ("dim-64", "dim-80", "dim-256", "full", "packed", "dropout", "bias", "everything", "one-query-dropout")
+SELECTED = ("dim-64", "dim-80", "dim-256", "full", "packed", "dropout", "bias", "everything", "one-query-dropout",
+            "decode-64", "decode-everything", "decode-everything-256")  # fmt: skip
 
 
 def selected(group: str, case: str, dtype: torch.dtype, capability: int) -> bool:
@@ -31,7 +32,7 @@ def selected(group: str, case: str, dtype: torch.dtype, capability: int) -> bool
     if EVERYTHING:
         return True
     if capability == 90 and dtype is torch.bfloat16:
-        return group != "attention" or name in SELECTED
+        return name in SELECTED if group == "attention" else group != "products" or "gelu-" in case
     if group == "attention":
         return name == "dropout" and (capability, dtype) in ((80, torch.bfloat16), (90, torch.float32))
     return capability == 90 and dtype is torch.float32 and "16384" in case
@@ -45,7 +46,7 @@ def chosen() -> Iterator[tuple[int, Variant]]:
             for dtype in DTYPES:
                 for name, call in cases(dtype):
                     if selected(group, name, dtype, capability):
-                        for variant in variants_of(call, target):
+                        for variant in variants_of(call, target, EVERYTHING or name == "attention-full"):
                             if (capability, variant) not in seen:
                                 seen.add((capability, variant))
                                 yield capability, variant

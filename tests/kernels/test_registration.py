@@ -46,6 +46,10 @@ def test_every_launcher_is_registered(stem: str, names: tuple[str, ...]) -> None
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bigmodel_fast::{name}", "CUDA")
 
 
+def test_every_operator_has_a_kernel() -> None:
+    assert {spec.name for spec in all_specs()} | {*bmf.optim.__all__} - {"cosine", "warmup_cosine"} == _triton.PUBLIC
+
+
 def test_triton_is_not_imported_with_the_package() -> None:
     code = "import sys, torch; m = sys.modules; b = 'triton' in m; import bigmodel_fast; print(b, 'triton' in m)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
