@@ -21,7 +21,7 @@ def pytest_pycollect_makeitem(collector: pytest.Module, name: str, obj: object) 
         pytest.Function.from_parent(collector, name=f"{obj.name}[{case.name}-{dtype}-{provider}]", callobj=test)
         for case in obj.cases
         for dtype in case.dtypes
-        for provider in obj.providers(case, dtype)
+        for provider in obj.providers(case, dtype, "cpu")
         if provider != COMPILE or can_compile("cpu") is None
         for test in [_test(obj, case, dtype, provider)]
     ]

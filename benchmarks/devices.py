@@ -16,6 +16,8 @@ CPU_FMA_ITERATIONS = 10_000_000  # about 40 ms
 CPU_COPY_BYTES, CUDA_COPY_BYTES = 1 << 28, 1 << 30  # far more than any cache
 CUDA_MATMUL = 8192
 CUDA_FLUSH_BYTES = 1 << 28  # more than any L2
+CUDA_SLEEP_CYCLES = 2_000_000  # about a millisecond, in which a pass is launched as a whole
+CUDA_PEAK_TRIALS = 10  # milliseconds each; the clock has to rise first
 
 
 class Device(ABC):
@@ -37,6 +39,10 @@ class Device(ABC):
     @abstractmethod
     def clear(self) -> None:
         """Before each run: what a run left in the caches is no advantage of the next."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """After each case: gives back memory that nothing uses any more."""
 
     @abstractmethod
     def peaks(self) -> dict[str, float]:
@@ -61,6 +67,9 @@ class Cpu(Device):
     def clear(self) -> None:
         pass
 
+    def release(self) -> None:
+        pass
+
     def peaks(self) -> dict[str, float]:
         def fma(bfloat16: bool) -> float:
             start = time.perf_counter()
@@ -75,7 +84,11 @@ class Cpu(Device):
 
 
 class Cuda(Device):
-    """Events on the stream, behind a write that evicts the L2 cache and hides the time of launching."""
+    """Events on the stream, behind a pause and a write that evicts the L2 cache.
+
+    While the GPU sleeps, the host launches what is measured, as it does in training, where it runs ahead of the GPU: a
+    pass whose launches take less than the pause is measured without them.
+    """
 
     shortest_sample = 0.0  # a repeat would find its data in the L2 cache
 
@@ -93,18 +106,23 @@ class Cuda(Device):
         return start.elapsed_time(end) / 1e3
 
     def clear(self) -> None:
+        torch.cuda._sleep(CUDA_SLEEP_CYCLES)
         self._flush.zero_()
+
+    def release(self) -> None:
+        torch.cuda.empty_cache()
 
     def peaks(self) -> dict[str, float]:
         found = {}
         for name, dtype in DTYPES.items():
             a = torch.randn(CUDA_MATMUL, CUDA_MATMUL, device=self.device).to(dtype)
             a @ a
-            found[name] = 2.0 * CUDA_MATMUL**3 / min(self._time(a) for _ in range(PEAK_TRIALS))
+            found[name] = 2.0 * CUDA_MATMUL**3 / min(self._time(a) for _ in range(CUDA_PEAK_TRIALS))
         return {**found, "copy": _copy_bandwidth(self, CUDA_COPY_BYTES)}
 
     def extra_memory(self, benchmark: Benchmark, case: Case, provider: str, dtype: str, inputs: Any) -> int | None:
         # The allocator counts exactly, so no fresh process is needed. The first run takes what is kept for later ones.
+        torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         task = benchmark.task(provider, case, inputs, dtype)
         task.run(self, 1)
