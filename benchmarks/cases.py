@@ -7,13 +7,10 @@ are two kinds: `OpBenchmark` for functions with a gradient, `StepBenchmark` for 
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -195,16 +192,6 @@ class StepTask:
 def is_compiled(provider: str) -> bool:
     """ "compile", or a variant of it such as "compile cudnn"."""
     return provider.split()[0] == COMPILE
-
-
-@cache
-def can_compile(device: str) -> str | None:
-    """Why torch.compile cannot work here; None if it can."""
-    if device == "cpu" and shutil.which(os.environ.get("CXX") or "g++") is None:
-        return "torch.compile needs a C++ compiler for the CPU, and there is none"
-    if device == "cuda" and not installed("triton"):
-        return "torch.compile needs triton for CUDA, which is not installed"
-    return None
 
 
 def installed(module: str) -> bool:

@@ -17,7 +17,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from .cases import DTYPES, EAGER, Benchmark, Case, Results, Task, can_compile, is_compiled
+from bigmodel_fast._machine import cannot_compile
+
+from .cases import DTYPES, EAGER, Benchmark, Case, Results, Task, is_compiled
 from .devices import Device
 
 # A provider is taken to be wrong, rather than imprecise, from this error on; precision is what the tests are about.
@@ -84,7 +86,7 @@ class Selection:
         found, kind = [], device.device.type
         for name in benchmark.providers(case, dtype, kind):
             asked = name in self.providers if self.providers is not None else not (self.quick and is_compiled(name))
-            if asked and (not is_compiled(name) or can_compile(kind) is None):
+            if asked and (not is_compiled(name) or cannot_compile(kind) is None):
                 found.append(name)
         return sorted(found, key=lambda name: name != EAGER)
 

@@ -19,10 +19,11 @@ from torch import Tensor
 
 import bigmodel_fast as bmf
 from bigmodel_fast import ops, optim
+from bigmodel_fast._machine import cannot_compile
 from bigmodel_fast.models import GPT
 
 from . import bench_gpt, engine, load, names
-from .cases import DTYPES, EAGER, OURS, Case, OpBenchmark, Results, can_compile, is_compiled
+from .cases import DTYPES, EAGER, OURS, Case, OpBenchmark, Results, is_compiled
 
 Check = tuple[str, Callable[[], Any]]
 REPEATS = 20  # of a call whose bits must not change
@@ -370,7 +371,7 @@ def prepare(device: torch.device) -> Iterator[Check]:
 
 
 def compile_for_tables(benchmark: Any, provider: str, case: Case, dtype: str, device: torch.device) -> None:
-    if reason := can_compile(device.type):
+    if reason := cannot_compile(device.type):
         raise Skip(reason)
     torch._dynamo.reset()
     benchmark.task(provider, case, benchmark.inputs(case, dtype, device), dtype).results()

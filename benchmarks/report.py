@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import bigmodel_fast
+from bigmodel_fast._machine import cpu_name
 
 from .cases import OURS
 from .engine import Row, geometric_means
@@ -171,7 +172,7 @@ def failures(rows: Iterable[Row]) -> list[Row]:
 def machine(device: torch.device, command: str) -> dict[str, Any]:
     """Where and when a run was made, and with what."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "isa": bigmodel_fast.cpu_isa(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -187,14 +188,6 @@ def machine(device: torch.device, command: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _version(package: str) -> str | None:

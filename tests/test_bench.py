@@ -177,7 +177,7 @@ def test_quartiles_and_geometric_means() -> None:
 
 
 def test_compile_takes_part_where_a_case_wants_it_and_quick_does_not_unless_named(monkeypatch) -> None:
-    monkeypatch.setattr(engine, "can_compile", lambda device: None)
+    monkeypatch.setattr(engine, "cannot_compile", lambda device: None)
     benchmark = squares(**{OURS: lambda x: x * x})
     case = replace(benchmark.tiny, compiled=("fp32",))
     found = engine.Selection().providers_of(benchmark, case, "fp32", CPU)
@@ -185,7 +185,7 @@ def test_compile_takes_part_where_a_case_wants_it_and_quick_does_not_unless_name
     assert engine.Selection(quick=True).providers_of(benchmark, case, "fp32", CPU) == [EAGER, OURS]
     named = engine.Selection(quick=True, providers=[COMPILE])
     assert named.providers_of(benchmark, case, "fp32", CPU) == [COMPILE]
-    monkeypatch.setattr(engine, "can_compile", lambda device: "no compiler")
+    monkeypatch.setattr(engine, "cannot_compile", lambda device: "no compiler")
     assert engine.Selection().providers_of(benchmark, case, "fp32", CPU) == [EAGER, OURS]
 
 

@@ -66,7 +66,7 @@ def test_every_case_for_a_gpu_is_accepted_and_counted(name: str) -> None:
 
 
 def test_a_gpu_has_its_own_cases_and_providers(monkeypatch) -> None:
-    monkeypatch.setattr(engine, "can_compile", lambda device: None)
+    monkeypatch.setattr(engine, "cannot_compile", lambda device: None)
     attention, device = benchmarks.load("attention"), SeemingGpu()
     assert [case for case, _ in engine.Selection().runs(attention, device)] == list(attention.cuda_cases)
     case = attention.cuda_cases[0]

@@ -24,6 +24,7 @@ LAYERS = (
     "_C",
     "_library",
     "_dispatch",
+    "_machine",
     "kernels",
     "ops",
     "nn",

@@ -44,6 +44,7 @@ def _bench(argv: list[str]) -> int:
     from rich.console import Console
 
     from .. import benchmarks
+    from .._machine import cannot_compile
     from ..benchmarks import cases, devices, engine, report
 
     chosen = [benchmarks.load(name) for name in _known("benchmark", arguments.ops, benchmarks.names())]
@@ -66,7 +67,7 @@ def _bench(argv: list[str]) -> int:
         _make_folder(arguments.out)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else TABLE_WIDTH)
     command = shlex.join(["bigmodel-fast", "bench", *argv])
-    if reason := cases.can_compile(device.device.type):
+    if reason := cannot_compile(device.device.type):
         console.print(reason, soft_wrap=True)
     total = sum(len(dtypes) for _, _, dtypes in runs)
     budget = engine.QUICK if arguments.quick else engine.FULL
