@@ -201,22 +201,26 @@ class Job:
         return found
 
     def verdict(self) -> Outcome:
-        """Of a sanitizer: the summary it prints."""
+        """Of a sanitizer: the summaries that it prints, one for each process."""
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
-        ran = [line["done"] for line in self.lines() if line.get("status") == "ok"]
+        ran = sum(line.get("status") == "ok" for line in self.lines())
         planned = sum(len(line["plan"]) for line in self.lines() if "plan" in line)
-        so_far = f"{len(ran)} of {planned} calls"
-        summary = re.search(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", text)
-        found = re.findall(r"^=+ +(.*)", text, re.MULTILINE)
-        reports = [line for line in found if "SUMMARY" not in line and "COMPUTE-SANITIZER" not in line]
-        if summary is None:
-            if self.process is None:
-                return Outcome(self.section, self.name, "never ran", "the time was up")
-            status = "crashed" if self.ended and self.spent < self.limit else "timed out"
-            return Outcome(self.section, self.name, status, f"{so_far}; {self.last_words()}", self.spent)
-        errors = int(summary[1] or summary[2] or 0)
-        status = "failed" if errors else ("ok" if ran else "crashed")
-        detail = f"{errors} in {so_far}" + ("; " + " ".join(reports[:6]) if errors else "")
+        so_far = f"{ran} of {planned} calls"
+        counts = [int(n) for n in re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", text)]
+        if errors := sum(counts):
+            found = re.findall(r"^=+ +(.*)", text, re.MULTILINE)
+            reports = [line for line in found if "SUMMARY" not in line and "COMPUTE-SANITIZER" not in line]
+            return self._of_sanitizer("failed", f"{errors} in {so_far}; {' '.join(reports[:6])}")
+        if self.fates:
+            status, why = list(self.fates.values())[-1]
+            return self._of_sanitizer(status, f"{so_far}; {why}")
+        if not self.ended:
+            return self._of_sanitizer("never ran", f"{so_far}; {self.why}")
+        if not counts or not ran:
+            return self._of_sanitizer("crashed", f"{so_far}; {self.last_words()}")
+        return self._of_sanitizer("ok", f"0 in {so_far}")
+
+    def _of_sanitizer(self, status: str, detail: str) -> Outcome:
         return Outcome(self.section, self.name, status, detail, self.spent)
 
     def rows(self) -> list[engine.Row]:

@@ -19,11 +19,10 @@ from torch import Tensor
 
 import bigmodel_fast as bmf
 from bigmodel_fast import ops, optim
-from bigmodel_fast._machine import cannot_compile
 from bigmodel_fast.models import GPT
 
 from . import bench_gpt, engine, load, names
-from .cases import DTYPES, EAGER, OURS, Case, OpBenchmark, Results, is_compiled
+from .cases import DTYPES, EAGER, OURS, Case, OpBenchmark, Results
 
 Check = tuple[str, Callable[[], Any]]
 REPEATS = 20  # of a call whose bits must not change
@@ -356,25 +355,6 @@ def determinism(device: torch.device) -> Iterator[Check]:
                     yield f"{benchmark.name}: {case.name}, {dtype}", partial(repeated, benchmark, case, dtype, device)
     for layout in ("gpt2", "modern"):
         yield f"GPT {layout}: loss and gradients", partial(repeated_gpt, layout, device)
-
-
-def prepare(device: torch.device) -> Iterator[Check]:
-    """Compiles what the tables will time, so that torch.compile finds it in its cache on the disk; the step first."""
-    for name in sorted(names(), key=lambda name: name != "gpt"):
-        benchmark = load(name)
-        for case in benchmark.cases_on(device.type):
-            for dtype in case.dtypes:
-                for provider in benchmark.providers(case, dtype, device.type):
-                    if is_compiled(provider):
-                        call = partial(compile_for_tables, benchmark, provider, case, dtype, device)
-                        yield f"{name}: {case.name}, {dtype}, {provider}", call
-
-
-def compile_for_tables(benchmark: Any, provider: str, case: Case, dtype: str, device: torch.device) -> None:
-    if reason := cannot_compile(device.type):
-        raise Skip(reason)
-    torch._dynamo.reset()
-    benchmark.task(provider, case, benchmark.inputs(case, dtype, device), dtype).results()
 
 
 def repeated(benchmark: OpBenchmark, case: Case, dtype: str, device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -134,6 +135,7 @@ def test_a_job_that_cannot_begin_or_crashes_again_and_again_is_given_up(tmp_path
         ),
         ("========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n", "failed", "1 in 2 of 3 calls"),
         ("cannot attach to the process\n", "crashed", "cannot attach"),
+        ("========= ERROR SUMMARY: 0 errors\n========= ERROR SUMMARY: 3 errors\n", "failed", "3 in 2 of 3 calls"),
     ],
 )
 def test_what_a_sanitizer_says(log: str, status: str, words: str, tmp_path: Path) -> None:
@@ -146,6 +148,11 @@ def test_what_a_sanitizer_says(log: str, status: str, words: str, tmp_path: Path
     (found,) = job.outcomes()
     assert (found.section, found.name, found.status) == ("sanitizer", "memcheck", status)
     assert words in found.detail
+    if status != "failed":
+        job.ended = False
+        assert job.outcomes()[0].status == "never ran"
+        job.fates["c"] = "timed out", "no sign of life for 200 s"
+        assert job.outcomes()[0].status == "timed out"
 
 
 def test_the_plan_has_every_table_and_says_why_there_is_no_sanitizer(tmp_path: Path, monkeypatch) -> None:
@@ -214,6 +221,39 @@ def test_results_say_what_failed_and_what_never_ran(tmp_path: Path) -> None:
     assert not findings.failed  # a competitor's failure is none of ours
     findings.rows[1].provider = "bigmodel_fast graph"
     assert findings.failed
+
+
+def test_the_command_runs_everything_and_says_how_it_went(tmp_path: Path, monkeypatch, capsys) -> None:
+    """With checks on the CPU that stand for those of a GPU: real ones of two sections, and a table."""
+    jobs = [gpu.Job(name, tmp_path, device="cpu") for name in ("determinism:0/40", "numerics:3/300")]
+    table = Scripted("table:gpt", tmp_path, stall=1.0)
+    skipped = [Outcome("sanitizer", "memcheck", "skipped", "there is none")]
+    monkeypatch.setattr(gpu, "plan", lambda folder, at_once: (jobs, [table], skipped))
+    monkeypatch.setattr(gpu, "machine", lambda device, command: machine() | {"command": command})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert gpu.main(["--budget", "2", "--out", str(tmp_path / "out"), "--jobs", "2"]) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    data = json.loads((tmp_path / "out" / "results.json").read_text())
+    statuses = {o["name"]: o["status"] for o in data["outcomes"] if o["section"] == "table"}
+    assert statuses["segfault"] == "crashed"
+    others = [o for o in data["outcomes"] if o["section"] in ("determinism", "numerics")]
+    assert len(others) >= 3
+    assert {o["status"] for o in others} == {"ok"}
+    assert data["machine"]["command"].startswith("python -m bigmodel_fast.benchmarks.gpu --budget 2")
+    printed = capsys.readouterr().out
+    assert "| sanitizer |  |  |  |  | 1 |  |" in printed
+    assert f"written to {tmp_path}/out/results.md" in printed
+
+
+@pytest.mark.parametrize("arguments", [["--budget", "0"], ["--budget", "x"], ["--nothing"]], ids=str)
+def test_bad_options_of_the_command(arguments: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        gpu.main(arguments)
+    assert end.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

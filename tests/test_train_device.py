@@ -135,6 +135,15 @@ def test_a_run_of_graphs_is_the_run_without(settings, monkeypatch: pytest.Monkey
     assert_same_weights(plain, graphed)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_run_of_graphs_on_a_gpu_is_the_run_without(settings, dtype: str) -> None:
+    runs = [settings(str(graphs), {"accumulation": 2}, dtype=dtype, cuda_graphs=graphs) for graphs in (False, True)]
+    for config in runs:
+        pretrain(config)
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-3)
+
+
 def test_what_cannot_work_is_one_line_before_any_work(settings, tmp_path: Path, monkeypatch, capsys) -> None:
     with pytest.raises(ConfigError, match="cuda_graphs: needs a CUDA device, and the run is on cpu"):
         Trainer(settings(cuda_graphs=True, device="cpu"))
