@@ -16,6 +16,7 @@ from .report import Report, by_op, case_table, duration, mean_lines
 FORMAT = 1  # of the JSON; to be raised when fields change their meaning
 STATUSES = ("ok", "failed", "crashed", "timed out", "skipped", "never ran")
 BAD = ("failed", "crashed", "timed out")
+FEW = 5  # names of checks that never ran, of each section
 LONGEST = 300  # characters of a failure's message in Markdown; JSON has all of it
 
 
@@ -88,9 +89,13 @@ class Findings:
 
     def listed(self, title: str, statuses: tuple[str, ...]) -> list[str]:
         """The outcomes of these statuses, and of the tables the providers that did not work."""
-        found = [
-            f"{o.section}: {o.name}: {o.status}{_because(o.detail)}" for o in self.outcomes if o.status in statuses
-        ]
+        chosen = [o for o in self.outcomes if o.status in statuses]
+        found = [f"{o.section}: {o.name}: {o.status}{_because(o.detail)}" for o in chosen if o.status != "never ran"]
+        cut = [o for o in chosen if o.status == "never ran"]
+        for section, why in dict.fromkeys((o.section, o.detail) for o in cut):
+            names = [o.name for o in cut if (o.section, o.detail) == (section, why)]
+            few = "; ".join(names[:FEW]) + ("; ..." if len(names) > FEW else "")
+            found.append(f"{section}: {len(names)} never ran{_because(why)}: {few}")
         if statuses == BAD:
             rows = {(r.op, r.case, r.dtype, r.provider): r for r in self.rows if r.status != "ok"}.values()
             found += [f"{r.op}: {r.case}, {r.dtype}: {r.provider} {_short(r.status)}" for r in rows]

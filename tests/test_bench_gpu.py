@@ -200,6 +200,7 @@ def test_results_say_what_failed_and_what_never_ran(tmp_path: Path) -> None:
         Outcome("facts", "dropout", "failed", "line one\nline | two " + "x" * 500),
         Outcome("facts", "streams", "ok"),
         Outcome("sanitizer", "memcheck", "skipped", "no compute-sanitizer"),
+        *(Outcome("numerics", f"n{i}", "never ran", "the time was up") for i in range(7)),
     ]
     findings = Findings(machine(), outcomes, rows, {"bf16": 4e14, "fp32": 5e13, "copy": 3e12})
     findings.save(tmp_path)
@@ -212,6 +213,7 @@ def test_results_say_what_failed_and_what_never_ran(tmp_path: Path) -> None:
     assert "- facts: dropout: failed (line one line / two xxx" in failures
     assert "gpt2 124M, 32x1024 tokens, bf16: compile failed: CUDA out of memory" in failures
     assert "- sanitizer: memcheck: skipped (no compute-sanitizer)" in text
+    assert "- numerics: 7 never ran (the time was up): n0; n1; n2; n3; n4; ...\n" in text
     assert f"| {32 * 1024 / 0.1:,.0f} | 50.0% | 20.0 GiB | 1.00x |" in text
     data = json.loads((tmp_path / "results.json").read_text())
     assert data["outcomes"][0]["detail"].endswith("x" * 500)
