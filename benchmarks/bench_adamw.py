@@ -16,10 +16,10 @@ State = list[tuple[Tensor, Tensor]]  # parameters and their gradients
 
 
 def make_inputs(case: Case, device: torch.device) -> State:
-    generator = torch.Generator().manual_seed(BENCH_SEED)
+    generator = torch.Generator(device).manual_seed(BENCH_SEED)
 
     def draw(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator, device=device)
 
     return [(draw(shape), draw(shape)) for shape in case.options["shapes"]]
 
@@ -40,8 +40,13 @@ def build(optimizer: Callable, case: Case, inputs: State, dtype: str) -> StepTas
 
 
 def exact(case: Case, inputs: State) -> Results:
-    double = [(p.double(), g.double()) for p, g in inputs]
-    return build(torch.optim.AdamW, case, double, "fp64").results()
+    """One parameter after the other: states in float64 of all of them would fill a GPU."""
+    found = {}
+    for i, (p, g) in enumerate(inputs):
+        (found[f"parameter {i}"],) = (
+            build(torch.optim.AdamW, case, [(p.double(), g.double())], "fp64").results().values()
+        )
+    return found
 
 
 def step_bytes(case: Case, inputs: State) -> float:
@@ -56,6 +61,13 @@ def gpt_shapes(vocab: int, context: int, width: int, layers: int) -> Iterator[tu
         for out, into in ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width)):
             yield from ((out, into), (out,))
         yield from ((width,),) * 4
+
+
+def llama_shapes(vocab: int, width: int, hidden: int, layers: int) -> Iterator[tuple[int, ...]]:
+    """Of the parameters of a Llama with as many key heads as heads."""
+    yield from ((vocab, width), (width,))
+    for _ in range(layers):
+        yield from (*((width, width),) * 4, *((hidden, width),) * 2, (width, hidden), (width,), (width,))
 
 
 def case(name: str, *shapes: tuple[int, ...], **how: Any) -> Case:
@@ -78,6 +90,11 @@ BENCHMARK = StepBenchmark(
         case("gpt 67M, 52 tensors", *gpt_shapes(50304, 512, 768, 4)),
         case("1000 tensors of 100", *((100,),) * 1000),
         case("one of 333x517", (333, 517)),
+    ),
+    cuda_cases=(
+        case("gpt2 124M, 148 tensors", *gpt_shapes(50304, 1024, 768, 12), quick=True),
+        case("llama 1.03B, 164 tensors", *llama_shapes(50304, 2048, 5632, 18)),
+        case("10000 tensors of 100", *((100,),) * 10000),
     ),
     tiny=case("tiny", (3, 5), (7,)),
 )

@@ -38,5 +38,10 @@ BENCHMARK = OpBenchmark(
         case(333, 10007),
         case(1, 50304),
     ),
+    cuda_cases=(
+        case(8192, 50304, quick=True, compiled=("bf16",), dtypes=("bf16",)),
+        case(4096, 128256, compiled=("bf16",), dtypes=("bf16",)),
+        case(32768, 1000),
+    ),
     tiny=case(5, 11),
 )

@@ -46,5 +46,9 @@ BENCHMARK = OpBenchmark(
         case(1000, 333, residual=True),
         case(1, 768),
     ),
+    cuda_cases=(
+        case(16384, 4096, quick=True, compiled=("bf16",), dtypes=("bf16",)),
+        case(16384, 4096, residual=True, compiled=("bf16",), dtypes=("bf16",)),
+    ),
     tiny=case(5, 7, residual=True),
 )

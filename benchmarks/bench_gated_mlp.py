@@ -1,4 +1,4 @@
-"""gated_mlp (SwiGLU) beside three F.linear."""
+"""gated_mlp (SwiGLU) beside three F.linear, and on a GPU beside Liger's, where that is installed."""
 
 from typing import Any
 
@@ -8,11 +8,17 @@ from torch import Tensor
 from bigmodel_fast import ops
 from bigmodel_fast.ops.gated_mlp import reference
 
-from .cases import Case, OpBenchmark, normal, weight
+from .cases import Case, OpBenchmark, installed, normal, weight
 
 
 def eager(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
     return F.linear(F.silu(F.linear(x, w_gate)) * F.linear(x, w_up), w_down)
+
+
+def liger(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_swiglu
+
+    return F.linear(liger_swiglu(F.linear(x, w_gate), F.linear(x, w_up)), w_down)
 
 
 def flops(x: Tensor, w_gate: Tensor, **_: Any) -> tuple[float, float]:
@@ -35,6 +41,7 @@ BENCHMARK = OpBenchmark(
     name="gated_mlp",
     unit="FLOP",
     functions={"bigmodel_fast": ops.gated_mlp, "eager": eager},
+    cuda_functions={"liger": liger} if installed("liger_kernel") else {},
     reference=reference,
     count=flops,
     cases=(
@@ -43,6 +50,11 @@ BENCHMARK = OpBenchmark(
         case(512, 768, 2048),
         case(300, 333, 1021),
         case(1, 768, 2048),
+    ),
+    cuda_cases=(
+        case(8192, 4096, 14336, quick=True, compiled=("bf16",), dtypes=("bf16",)),
+        case(16384, 2048, 5632, dtypes=("bf16",)),
+        case(64, 4096, 14336, dtypes=("bf16",)),
     ),
     tiny=case(5, 7, 9),
 )

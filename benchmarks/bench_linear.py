@@ -22,10 +22,10 @@ def flops(x: Tensor, weight: Tensor, **_: Any) -> tuple[float, float]:
     return forward, 2 * forward
 
 
-def case(rows: int, k: int, n: int, activation: str | None = None, quick: bool = False) -> Case:
+def case(rows: int, k: int, n: int, activation: str | None = None, quick: bool = False, **how: Any) -> Case:
     name = f"{rows}x{k} to {n}{' ' + activation if activation else ''}"
     args = {"x": normal(rows, k), "weight": weight(n, k), "bias": weight(n)}
-    return Case(name, args, {"activation": activation}, quick)
+    return Case(name, args, {"activation": activation}, quick, **how)
 
 
 BENCHMARK = OpBenchmark(
@@ -42,6 +42,12 @@ BENCHMARK = OpBenchmark(
         case(512, 1024, 1024),
         case(300, 333, 517),
         case(1, 768, 2304),
+    ),
+    cuda_cases=(
+        case(8192, 4096, 12288, quick=True, dtypes=("bf16",)),
+        case(65536, 768, 2304, dtypes=("bf16",)),
+        case(8192, 4096, 16384, "gelu", dtypes=("bf16",)),
+        case(64, 4096, 4096, dtypes=("bf16",)),
     ),
     tiny=case(5, 7, 9, "gelu"),
 )

@@ -46,5 +46,11 @@ BENCHMARK = OpBenchmark(
         case(300, 333, 1021),
         case(1, 768, 3072),
     ),
+    cuda_cases=(
+        case(8192, 4096, 16384, quick=True, compiled=("bf16",), dtypes=("bf16",)),
+        case(65536, 768, 3072, "gelu_tanh", dtypes=("bf16",)),
+        case(8192, 2048, 8192, "relu2", dtypes=("bf16",)),
+        case(64, 4096, 16384, dtypes=("bf16",)),
+    ),
     tiny=case(5, 7, 9),
 )

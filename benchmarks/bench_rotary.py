@@ -52,5 +52,9 @@ BENCHMARK = OpBenchmark(
         case(3, 5, 1, 77, 80),
         case(1, 12, 12, 1, 64),
     ),
+    cuda_cases=(
+        case(4, 32, 8, 4096, 128, quick=True, compiled=("bf16",), dtypes=("bf16",)),
+        case(16, 12, 12, 1024, 64, dtypes=("bf16",)),
+    ),
     tiny=case(2, 4, 2, 5, 8),
 )

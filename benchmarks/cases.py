@@ -6,13 +6,11 @@ are two kinds: `OpBenchmark` for functions with a gradient, `StepBenchmark` for 
 
 from __future__ import annotations
 
-import os
-import shutil
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -45,7 +43,7 @@ class Draw:
 
 def _normal(shape: tuple[int, ...], scale: float, follows_dtype: bool, order: tuple[int, ...] | None = None) -> Draw:
     def make(generator: torch.Generator) -> Tensor:
-        x = torch.randn(shape, generator=generator) * scale
+        x = torch.randn(shape, generator=generator, device=generator.device) * scale
         x = x.bfloat16().float() if follows_dtype else x  # the same numbers in every dtype, so one exact result for all
         return x if order is None else x.permute(order)
 
@@ -74,7 +72,11 @@ def stream(*shape: int) -> Draw:
 
 def classes(*shape: int, count: int) -> Draw:
     """Class numbers in [0, count)."""
-    return Draw(lambda g: torch.randint(count, shape, generator=g), follows_dtype=False, grad=False)
+
+    def make(generator: torch.Generator) -> Tensor:
+        return torch.randint(count, shape, generator=generator, device=generator.device)
+
+    return Draw(make, follows_dtype=False, grad=False)
 
 
 def values(make: Callable[[], Tensor]) -> Draw:
@@ -166,8 +168,8 @@ def _upstream(y: Tensor) -> Tensor:
     """The gradient that reaches an output: 1 for a loss, fixed random numbers otherwise."""
     if y.dim() == 0:
         return torch.ones_like(y)
-    generator = torch.Generator().manual_seed(BENCH_SEED + 1)
-    return torch.randn(y.shape, generator=generator).bfloat16().to(y.device, y.dtype)
+    generator = torch.Generator(y.device).manual_seed(BENCH_SEED + 1)
+    return torch.randn(y.shape, generator=generator, device=y.device).bfloat16().to(y.dtype)
 
 
 @dataclass
@@ -187,12 +189,14 @@ class StepTask:
 # ---- benchmarks ----
 
 
-@cache
-def can_compile(device: str) -> str | None:
-    """Why torch.compile cannot work here; None if it can."""
-    if device == "cpu" and shutil.which(os.environ.get("CXX") or "g++") is None:
-        return "torch.compile needs a C++ compiler for the CPU, and there is none"
-    return None
+def is_compiled(provider: str) -> bool:
+    """ "compile", or a variant of it such as "compile cudnn"."""
+    return provider.split()[0] == COMPILE
+
+
+def installed(module: str) -> bool:
+    """Whether a package that nobody has to have is there."""
+    return importlib.util.find_spec(module) is not None
 
 
 def amounts(forward: float, backward: float) -> dict[str, float]:
@@ -208,6 +212,7 @@ class Benchmark(ABC):
         name: of the operator.
         unit: what `work` counts: "FLOP" (compared with the multiply-add peak) or "B" (with the copy bandwidth).
         cases: the default ones first; all of them are run by `bench`.
+        cuda_cases: those run on a GPU instead, of sizes that keep one busy.
         tiny: a case of milliseconds: for tests, and to warm a process up before its memory is measured.
         directions: those reported.
     """
@@ -215,12 +220,17 @@ class Benchmark(ABC):
     name: str
     unit: str
     cases: tuple[Case, ...]
+    cuda_cases: tuple[Case, ...]
     tiny: Case
     directions: tuple[str, ...]
 
-    @property
+    def cases_on(self, device: str) -> tuple[Case, ...]:
+        """The cases for a device of this type, "cpu" or "cuda"."""
+        return self.cuda_cases if device == "cuda" else self.cases
+
     @abstractmethod
-    def provider_names(self) -> tuple[str, ...]: ...
+    def providers_on(self, device: str) -> tuple[str, ...]:
+        """The names of all providers there are for a device of this type."""
 
     @abstractmethod
     def inputs(self, case: Case, dtype: str, device: torch.device) -> Any:
@@ -237,13 +247,14 @@ class Benchmark(ABC):
     def work(self, case: Case, inputs: Any) -> dict[str, float]:
         """Operations or bytes of each direction: what the mathematics needs, whatever a provider really does."""
 
-    def providers(self, case: Case, dtype: str) -> tuple[str, ...]:
+    def providers(self, case: Case, dtype: str, device: str) -> tuple[str, ...]:
         """Those that take part in a case: torch.compile only where the case asks for it."""
-        known = case.providers or self.provider_names
-        return tuple(p for p in self.provider_names if p in known and (p != COMPILE or dtype in case.compiled))
+        names = self.providers_on(device)
+        known = case.providers or names
+        return tuple(p for p in names if p in known and (not is_compiled(p) or dtype in case.compiled))
 
-    def case(self, name: str) -> Case:
-        return next(c for c in (*self.cases, self.tiny) if c.name == name)
+    def case(self, name: str, device: str = "cpu") -> Case:
+        return next(c for c in (*self.cases_on(device), self.tiny) if c.name == name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,22 +263,23 @@ class OpBenchmark(Benchmark):
 
     Args:
         functions: by provider; "bigmodel_fast" and "eager" at least. "compile" is eager through torch.compile.
+        cuda_functions: those there are on a GPU only.
         reference: called on float64 tensors, it gives the exact results.
         count: work of (forward, backward), from the arguments of the operator.
         directions: a provider that makes gradients in forward can only be compared in "both".
     """
 
     functions: dict[str, Callable]
+    cuda_functions: dict[str, Callable] = field(default_factory=dict)
     reference: Callable
     count: Callable[..., tuple[float, float]]
     directions: tuple[str, ...] = ("forward", "backward", "both")
 
-    @property
-    def provider_names(self) -> tuple[str, ...]:
-        return (*self.functions, COMPILE)
+    def providers_on(self, device: str) -> tuple[str, ...]:
+        return (*self.functions, *(self.cuda_functions if device == "cuda" else ()), COMPILE)
 
     def inputs(self, case: Case, dtype: str, device: torch.device) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(BENCH_SEED)
+        generator = torch.Generator(device).manual_seed(BENCH_SEED)
         made = {}
         for name, draw in case.args.items():
             t = draw.make(generator).to(device)
@@ -275,10 +287,8 @@ class OpBenchmark(Benchmark):
         return made
 
     def task(self, provider: str, case: Case, inputs: dict[str, Tensor], dtype: str) -> OpTask:
-        if provider == COMPILE:
-            function = torch.compile(self.functions[EAGER], dynamic=False)
-        else:
-            function = self.functions[provider]
+        functions = self.functions | self.cuda_functions
+        function = torch.compile(functions[EAGER], dynamic=False) if provider == COMPILE else functions[provider]
         return OpTask(function, inputs, self._grads(case), case.options, dtype)
 
     def exact(self, case: Case, inputs: dict[str, Tensor]) -> Results:
@@ -298,26 +308,27 @@ class StepBenchmark(Benchmark):
 
     Args:
         builders: by provider: (case, inputs, dtype) to a StepTask.
+        cuda_builders: those there are on a GPU only.
         make_inputs: (case, device) to whatever the builders take.
         make_exact: (case, inputs) to the results in float64.
         count: (case, inputs) to the work of a step.
     """
 
     builders: dict[str, Callable[[Case, Any, str], StepTask]]
+    cuda_builders: dict[str, Callable[[Case, Any, str], StepTask]] = field(default_factory=dict)
     make_inputs: Callable[[Case, torch.device], Any]
     make_exact: Callable[[Case, Any], Results]
     count: Callable[[Case, Any], float]
     directions: tuple[str, ...] = ("step",)
 
-    @property
-    def provider_names(self) -> tuple[str, ...]:
-        return tuple(self.builders)
+    def providers_on(self, device: str) -> tuple[str, ...]:
+        return (*self.builders, *(self.cuda_builders if device == "cuda" else ()))
 
     def inputs(self, case: Case, dtype: str, device: torch.device) -> Any:
         return self.make_inputs(case, device)
 
     def task(self, provider: str, case: Case, inputs: Any, dtype: str) -> StepTask:
-        return self.builders[provider](case, inputs, dtype)
+        return (self.builders | self.cuda_builders)[provider](case, inputs, dtype)
 
     def exact(self, case: Case, inputs: Any) -> Results:
         return self.make_exact(case, inputs)

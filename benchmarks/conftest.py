@@ -9,7 +9,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from .cases import COMPILE, Benchmark, Case, can_compile
+from bigmodel_fast._machine import cannot_compile
+
+from .cases import COMPILE, Benchmark, Case
 from .devices import Cpu
 from .engine import by_direction, errors, verdict
 
@@ -21,8 +23,8 @@ def pytest_pycollect_makeitem(collector: pytest.Module, name: str, obj: object) 
         pytest.Function.from_parent(collector, name=f"{obj.name}[{case.name}-{dtype}-{provider}]", callobj=test)
         for case in obj.cases
         for dtype in case.dtypes
-        for provider in obj.providers(case, dtype)
-        if provider != COMPILE or can_compile("cpu") is None
+        for provider in obj.providers(case, dtype, "cpu")
+        if provider != COMPILE or cannot_compile("cpu") is None
         for test in [_test(obj, case, dtype, provider)]
     ]
 

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
+from bigmodel_fast._machine import cpu_copy_bandwidth, cpu_flops
+
 from .cases import DTYPES, Benchmark, Case
 from .memory import peak_of_process
 
-PEAK_TRIALS = 3  # the best of them: a peak is what the machine can do when nothing disturbs it
-CPU_FMA_ITERATIONS = 10_000_000  # about 40 ms
-CPU_COPY_BYTES, CUDA_COPY_BYTES = 1 << 28, 1 << 30  # far more than any cache
+CUDA_COPY_BYTES = 1 << 30  # far more than any cache
 CUDA_MATMUL = 8192
 CUDA_FLUSH_BYTES = 1 << 28  # more than any L2
+CUDA_SLEEP_CYCLES = 2_000_000  # about a millisecond, in which a pass is launched as a whole
+CUDA_PEAK_TRIALS = 10  # milliseconds each, of which the best counts; the clock has to rise first
 
 
 class Device(ABC):
@@ -37,6 +39,10 @@ class Device(ABC):
     @abstractmethod
     def clear(self) -> None:
         """Before each run: what a run left in the caches is no advantage of the next."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """After each case: gives back memory that nothing uses any more."""
 
     @abstractmethod
     def peaks(self) -> dict[str, float]:
@@ -61,21 +67,22 @@ class Cpu(Device):
     def clear(self) -> None:
         pass
 
-    def peaks(self) -> dict[str, float]:
-        def fma(bfloat16: bool) -> float:
-            start = time.perf_counter()
-            operations = torch.ops.bigmodel_fast.peak_flops(bfloat16, CPU_FMA_ITERATIONS)
-            return operations / (time.perf_counter() - start)
+    def release(self) -> None:
+        pass
 
-        found = {dtype: max(fma(dtype == "bf16") for _ in range(PEAK_TRIALS)) for dtype in DTYPES}
-        return {**found, "copy": _copy_bandwidth(self, CPU_COPY_BYTES)}
+    def peaks(self) -> dict[str, float]:
+        return {d: cpu_flops(bfloat16=d == "bf16") for d in DTYPES} | {"copy": cpu_copy_bandwidth()}
 
     def extra_memory(self, benchmark: Benchmark, case: Case, provider: str, dtype: str, inputs: Any) -> int | None:
         return peak_of_process(benchmark.name, case.name, provider, dtype, torch.get_num_threads())
 
 
 class Cuda(Device):
-    """Events on the stream, behind a write that evicts the L2 cache and hides the time of launching."""
+    """Events on the stream, behind a pause and a write that evicts the L2 cache.
+
+    While the GPU sleeps, the host launches what is measured, as it does in training, where it runs ahead of the GPU: a
+    pass whose launches take less than the pause is measured without them.
+    """
 
     shortest_sample = 0.0  # a repeat would find its data in the L2 cache
 
@@ -93,18 +100,23 @@ class Cuda(Device):
         return start.elapsed_time(end) / 1e3
 
     def clear(self) -> None:
+        torch.cuda._sleep(CUDA_SLEEP_CYCLES)
         self._flush.zero_()
+
+    def release(self) -> None:
+        torch.cuda.empty_cache()
 
     def peaks(self) -> dict[str, float]:
         found = {}
         for name, dtype in DTYPES.items():
             a = torch.randn(CUDA_MATMUL, CUDA_MATMUL, device=self.device).to(dtype)
             a @ a
-            found[name] = 2.0 * CUDA_MATMUL**3 / min(self._time(a) for _ in range(PEAK_TRIALS))
-        return {**found, "copy": _copy_bandwidth(self, CUDA_COPY_BYTES)}
+            found[name] = 2.0 * CUDA_MATMUL**3 / min(self._time(a) for _ in range(CUDA_PEAK_TRIALS))
+        return {**found, "copy": self._copy_bandwidth()}
 
     def extra_memory(self, benchmark: Benchmark, case: Case, provider: str, dtype: str, inputs: Any) -> int | None:
         # The allocator counts exactly, so no fresh process is needed. The first run takes what is kept for later ones.
+        torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         task = benchmark.task(provider, case, inputs, dtype)
         task.run(self, 1)
@@ -113,22 +125,20 @@ class Cuda(Device):
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
+    def _copy_bandwidth(self) -> float:
+        source = torch.ones(CUDA_COPY_BYTES // 4, device=self.device)
+        target = torch.zeros_like(source)
+        best = float("inf")
+        for _ in range(CUDA_PEAK_TRIALS):
+            start = self.mark()
+            target.copy_(source)
+            best = min(best, self.seconds(start, self.mark()))
+        return 2.0 * CUDA_COPY_BYTES / best
+
     def _time(self, a: torch.Tensor) -> float:
         start = self.mark()
         a @ a
         return self.seconds(start, self.mark())
-
-
-def _copy_bandwidth(device: Device, size: int) -> float:
-    """Bytes read and written per second by a copy."""
-    source = torch.ones(size // 4, device=device.device)
-    target = torch.zeros_like(source)
-    best = float("inf")
-    for _ in range(PEAK_TRIALS):
-        start = device.mark()
-        target.copy_(source)
-        best = min(best, device.seconds(start, device.mark()))
-    return 2.0 * size / best
 
 
 def open_device(name: str) -> Device:

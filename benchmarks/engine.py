@@ -17,7 +17,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from .cases import COMPILE, DTYPES, EAGER, Benchmark, Case, Results, Task, can_compile
+from bigmodel_fast._machine import cannot_compile
+
+from .cases import DTYPES, EAGER, Benchmark, Case, Results, Task, is_compiled
 from .devices import Device
 
 # A provider is taken to be wrong, rather than imprecise, from this error on; precision is what the tests are about.
@@ -81,16 +83,16 @@ class Selection:
 
     def providers_of(self, benchmark: Benchmark, case: Case, dtype: str, device: Device) -> list[str]:
         """The providers of a case, eager first; torch.compile is not quick, so `quick` takes it only if named."""
-        found = []
-        for name in benchmark.providers(case, dtype):
-            asked = name in self.providers if self.providers is not None else not (self.quick and name == COMPILE)
-            if asked and (name != COMPILE or can_compile(device.device.type) is None):
+        found, kind = [], device.device.type
+        for name in benchmark.providers(case, dtype, kind):
+            asked = name in self.providers if self.providers is not None else not (self.quick and is_compiled(name))
+            if asked and (not is_compiled(name) or cannot_compile(kind) is None):
                 found.append(name)
         return sorted(found, key=lambda name: name != EAGER)
 
-    def runs(self, benchmark: Benchmark) -> Iterator[tuple[Case, list[str]]]:
+    def runs(self, benchmark: Benchmark, device: Device) -> Iterator[tuple[Case, list[str]]]:
         """Each case asked for, with the dtypes it is run in."""
-        for case in benchmark.cases:
+        for case in benchmark.cases_on(device.device.type):
             if (self.quick and not case.quick) or (self.pattern or "") not in case.name:
                 continue
             if dtypes := [d for d in self.dtypes if d in case.dtypes]:
@@ -124,19 +126,33 @@ def measure(
     progress: Callable[[str], None] = lambda what: None,
 ) -> Iterator[Row]:
     """All rows of a benchmark, case by case. `progress` is told what is being run, once for each case and dtype."""
-    for case, dtypes in selection.runs(benchmark):
+    for case, dtypes in selection.runs(benchmark, device):
         exact: Results | None = None
         for dtype in dtypes:
             progress(f"{benchmark.name}: {case.name}, {dtype}")
-            inputs = benchmark.inputs(case, dtype, device.device)
-            if exact is None:
-                exact = benchmark.exact(case, inputs)
             entries = [_Entry(name) for name in selection.providers_of(benchmark, case, dtype, device)]
-            with _quiet():
-                _run_case(benchmark, case, dtype, inputs, exact, entries, device, selection, budget)
-            yield from _rows(benchmark, case, dtype, benchmark.work(case, inputs), entries, selection)
+            inputs, work = None, {}
+            try:
+                inputs = benchmark.inputs(case, dtype, device.device)
+                exact = benchmark.exact(case, inputs) if exact is None else exact
+                work = benchmark.work(case, inputs)
+            except Exception as error:  # such as too little memory: nothing is timed that was not checked
+                for entry in entries:
+                    entry.status = f"failed: no exact result ({_first_line(error)})"
+            else:
+                with _quiet():
+                    _run_case(benchmark, case, dtype, inputs, exact, entries, device, selection, budget)
+            yield from _rows(benchmark, case, dtype, work, entries, selection)
+            compiled = any(is_compiled(entry.name) for entry in entries)
             del inputs, entries
             gc.collect()
+            if compiled:  # the number of graphs that a function may have is limited
+                torch._dynamo.reset()
+            device.release()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _run_case(
@@ -156,17 +172,21 @@ def _run_case(
             entry.task = benchmark.task(entry.name, case, inputs, dtype)
             found = errors(entry.task.results(), exact)
         except Exception as error:  # whatever a provider raises is a result, and the others go on
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            entry.status = f"failed: {first}"
+            entry.task, entry.status = None, f"failed: {_first_line(error)}"
             continue
         entry.errors = by_direction(found)
         entry.status = verdict(found, eager, dtype)
         if entry.name == EAGER and entry.status == "ok":
             eager = found
+        if entry.status != "ok":
+            entry.task = None
+    for entry in entries:
+        if selection.memory and entry.status == "ok":
+            try:
+                entry.extra = device.extra_memory(benchmark, case, entry.name, dtype, inputs)
+            except Exception as error:
+                entry.task, entry.status = None, f"failed: {_first_line(error)}"
     timed = [entry for entry in entries if entry.status == "ok"]
-    if selection.memory:
-        for entry in timed:
-            entry.extra = device.extra_memory(benchmark, case, entry.name, dtype, inputs)
     time_in_turns([(entry.task, entry.samples) for entry in timed if entry.task is not None], device, budget)
 
 

@@ -19,7 +19,9 @@ _PRELOADED = [__name__, __package__, "torch.fx.experimental.symbolic_shapes"]
 _RUNS = 2  # an optimizer makes its state in the first, and holds it in the second
 
 
-class _NoClock:
+class NoClock:
+    """For a task that is run and not timed."""
+
     def mark(self) -> None:
         return None
 
@@ -61,7 +63,7 @@ def _measure(sender: Connection, op: str, case_name: str, provider: str, dtype: 
     benchmark, device = load(op), torch.device("cpu")
     # The libraries' own pages, threads and torch.compile's machinery belong to no provider: bring them in first.
     first = EAGER if provider == COMPILE else provider
-    benchmark.task(first, benchmark.tiny, benchmark.inputs(benchmark.tiny, dtype, device), dtype).run(_NoClock(), 1)
+    benchmark.task(first, benchmark.tiny, benchmark.inputs(benchmark.tiny, dtype, device), dtype).run(NoClock(), 1)
     if provider == COMPILE:
         torch.compile(lambda x: (x * x).sum())(torch.ones(8, requires_grad=True)).backward()
     case = benchmark.case(case_name)
@@ -71,5 +73,5 @@ def _measure(sender: Connection, op: str, case_name: str, provider: str, dtype: 
     Path("/proc/self/clear_refs").write_text("5")
     task = benchmark.task(provider, case, inputs, dtype)
     for _ in range(_RUNS):
-        task.run(_NoClock(), 1)
+        task.run(NoClock(), 1)
     sender.send(max(0, _status("VmHWM") - before))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -12,16 +13,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import bigmodel_fast
+from bigmodel_fast._machine import cpu_name
 
 from .cases import OURS
 from .engine import Row, geometric_means
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 COLUMNS = ("provider", "time", "quartiles", "rate", "of peak", "speed-up", "memory", "error")
 FORMAT = 1  # of the JSON; to be raised when fields change their meaning
@@ -76,6 +79,8 @@ class Report:
 
     def print(self, console: Console) -> None:
         """The machine, the tables, an operator each, and the geometric means."""
+        from rich.table import Table
+
         console.print(f"{self.caption()}\n{self.peaks_line()}\n", soft_wrap=True)
         for op, rows in by_op(self.rows):
             table = Table(title=op, title_style="bold", title_justify="left", header_style="bold", pad_edge=False)
@@ -98,11 +103,7 @@ class Report:
         """The tables as Markdown."""
         lines = [f"{self.caption()}", "", f"`{self.machine['command']}`; {self.peaks_line()}.", ""]
         for op, rows in by_op(self.rows):
-            lines += [f"## {op}", "", f"| case | {' | '.join(COLUMNS)} |", "|---|---|" + "---:|" * (len(COLUMNS) - 1)]
-            for group, members in by_case(rows):
-                for i, row in enumerate(members):
-                    lines.append(f"| {group if i == 0 else ''} | {' | '.join(cells(row))} |")
-            lines += ["", *(f"- {line}" for line in mean_lines(rows)), ""]
+            lines += [f"## {op}", "", *case_table(rows), "", *(f"- {line}" for line in mean_lines(rows)), ""]
         return "\n".join(lines)
 
 
@@ -115,6 +116,15 @@ def by_case(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:
     """Rows that can be compared: of one case, dtype and direction."""
     for key, members in groupby(rows, key=lambda row: (row.case, row.dtype, row.direction)):
         yield ", ".join(key), list(members)
+
+
+def case_table(rows: Iterable[Row]) -> list[str]:
+    """A table in Markdown, a line each."""
+    lines = [f"| case | {' | '.join(COLUMNS)} |", "|---|---|" + "---:|" * (len(COLUMNS) - 1)]
+    for group, members in by_case(rows):
+        for i, row in enumerate(members):
+            lines.append(f"| {group if i == 0 else ''} | {' | '.join(cells(row))} |")
+    return lines
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -162,11 +172,14 @@ def failures(rows: Iterable[Row]) -> list[Row]:
 def machine(device: torch.device, command: str) -> dict[str, Any]:
     """Where and when a run was made, and with what."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "isa": bigmodel_fast.cpu_isa(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "driver": _driver() if device.type == "cuda" else None,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -177,12 +190,20 @@ def machine(device: torch.device, command: str) -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def _version(package: str) -> str | None:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver; "unknown" where nvidia-smi does not tell."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
 
 
 def _commit() -> str:

@@ -23,7 +23,9 @@ def double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def upstream(outputs: Iterable[Tensor], layout: Layout = lambda t: t) -> Outputs:
     """A gradient for each output, the same ones for each call."""
     generator = torch.Generator().manual_seed(1)
-    return tuple(layout(torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)) for y in outputs)
+    return tuple(
+        layout(torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)) for y in outputs
+    )
 
 
 def forward(function: Callable, tensors: dict[str, Tensor], options: dict[str, Any]) -> Outputs:

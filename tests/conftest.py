@@ -1,8 +1,10 @@
-"""Every test starts from the instruction set and the thread count the process started with; small tensors meet the
-kernels too, where a user's would go to plain torch because that is faster.
+"""Every test starts from the instruction set and thread count the process started with, and small tensors meet kernels
+too, where a user's would go to plain torch because that is faster; fixtures of training runs.
 """
 
 import importlib
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,3 +21,35 @@ def _as_started(monkeypatch):
     yield
     bmf.cpu_isa(isa)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"{i}.txt").write_text(f"{i}: all work and no play makes a dull day")
+    return folder
+
+
+@pytest.fixture
+def settings(corpus: Path, tmp_path: Path):
+    """Makes the config of a tiny run; optim and model take what is given on top of theirs."""
+    from bigmodel_fast.train import TrainConfig
+
+    def make(out: str = "run", optim: dict | None = None, **given: Any) -> Any:
+        return TrainConfig.from_dict(
+            {
+                "data": str(corpus),
+                "tokenizer": "bytes",
+                "out": str(tmp_path / out),
+                "cache": str(tmp_path / "cache"),
+                "steps": 8,
+                "dtype": "fp32",
+                "model": {"layers": 1, "heads": 2, "width": 32, "context": 16},
+                "optim": {"batch": 4, "warmup": 2, "lr": 1e-2, **(optim or {})},
+                **given,
+            }
+        )
+
+    return make

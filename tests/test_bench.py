@@ -42,7 +42,7 @@ def test_every_provider_agrees_with_float64(name: str) -> None:
         (dtype, direction, provider)
         for dtype in benchmark.tiny.dtypes
         for direction in benchmark.directions
-        for provider in benchmark.provider_names
+        for provider in benchmark.providers_on("cpu")
         if provider != COMPILE
     ]
     assert sorted((r.dtype, r.direction, r.provider) for r in rows) == sorted(expected)
@@ -59,11 +59,14 @@ def test_every_provider_agrees_with_float64(name: str) -> None:
 @pytest.mark.parametrize("name", benchmarks.names())
 def test_cases_have_names_of_their_own_and_some_are_quick(name: str) -> None:
     benchmark = benchmarks.load(name)
-    names = [case.name for case in (*benchmark.cases, benchmark.tiny)]
-    assert len(set(names)) == len(names)
-    assert {OURS, EAGER} <= set(benchmark.provider_names)
-    assert any(case.quick for case in benchmark.cases)
-    assert all(set(case.compiled) <= set(case.dtypes) <= set(DTYPES) for case in benchmark.cases)
+    for device in ("cpu", "cuda"):
+        cases, providers = benchmark.cases_on(device), benchmark.providers_on(device)
+        names = [case.name for case in (*cases, benchmark.tiny)]
+        assert len(set(names)) == len(names)
+        assert {OURS, EAGER} <= set(providers)
+        assert any(case.quick for case in cases)
+        assert all(set(case.compiled) <= set(case.dtypes) <= set(DTYPES) for case in cases)
+        assert all({OURS, EAGER} <= set(case.providers or providers) <= set(providers) for case in cases)
 
 
 def test_the_gpt_providers_start_from_the_same_loss() -> None:
@@ -86,6 +89,7 @@ def squares(**functions) -> OpBenchmark:
         reference=lambda x: x * x,
         count=lambda x: (8.0, 16.0),
         cases=(case,),
+        cuda_cases=(),
         tiny=case,
     )
 
@@ -173,7 +177,7 @@ def test_quartiles_and_geometric_means() -> None:
 
 
 def test_compile_takes_part_where_a_case_wants_it_and_quick_does_not_unless_named(monkeypatch) -> None:
-    monkeypatch.setattr(engine, "can_compile", lambda device: None)
+    monkeypatch.setattr(engine, "cannot_compile", lambda device: None)
     benchmark = squares(**{OURS: lambda x: x * x})
     case = replace(benchmark.tiny, compiled=("fp32",))
     found = engine.Selection().providers_of(benchmark, case, "fp32", CPU)
@@ -181,7 +185,7 @@ def test_compile_takes_part_where_a_case_wants_it_and_quick_does_not_unless_name
     assert engine.Selection(quick=True).providers_of(benchmark, case, "fp32", CPU) == [EAGER, OURS]
     named = engine.Selection(quick=True, providers=[COMPILE])
     assert named.providers_of(benchmark, case, "fp32", CPU) == [COMPILE]
-    monkeypatch.setattr(engine, "can_compile", lambda device: "no compiler")
+    monkeypatch.setattr(engine, "cannot_compile", lambda device: "no compiler")
     assert engine.Selection().providers_of(benchmark, case, "fp32", CPU) == [EAGER, OURS]
 
 

@@ -107,6 +107,15 @@ def test_autocast(spec: Spec, sample: Sample) -> None:
 
 
 @each_spec
+def test_autocast_to_float16_takes_the_reference(spec: Spec) -> None:
+    """On CPU no kernel has it."""
+    sample = spec.samples[1]
+    with torch.autocast("cpu", torch.float16):
+        outputs = forward(spec.op, sample.tensors(torch.float32), sample.options)
+    assert all(y.isfinite().all() for y in outputs)
+
+
+@each_spec
 @each_dtype
 def test_threads(spec: Spec, dtype: torch.dtype) -> None:
     """Right at any number of threads; the same bits in each run; outputs the same for every number of threads."""

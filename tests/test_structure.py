@@ -25,6 +25,7 @@ LAYERS = (
     "_library",
     "_packed_weights",
     "_dispatch",
+    "_machine",
     "kernels",
     "ops",
     "nn",

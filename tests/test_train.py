@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -33,37 +32,6 @@ from bigmodel_fast.train import (
     read_metrics,
 )
 from bigmodel_fast.train.signals import StopRequest
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for i in range(30):
-        (folder / f"{i}.txt").write_text(f"{i}: all work and no play makes a dull day")
-    return folder
-
-
-@pytest.fixture
-def settings(corpus: Path, tmp_path: Path):
-    """Makes the config of a tiny run; optim and model take what is given on top of theirs."""
-
-    def make(out: str = "run", optim: dict | None = None, **given: Any) -> TrainConfig:
-        return TrainConfig.from_dict(
-            {
-                "data": str(corpus),
-                "tokenizer": "bytes",
-                "out": str(tmp_path / out),
-                "cache": str(tmp_path / "cache"),
-                "steps": 8,
-                "dtype": "fp32",
-                "model": {"layers": 1, "heads": 2, "width": 32, "context": 16},
-                "optim": {"batch": 4, "warmup": 2, "lr": 1e-2, **(optim or {})},
-                **given,
-            }
-        )
-
-    return make
 
 
 class Act(Reporter):

@@ -44,17 +44,18 @@ def _bench(argv: list[str]) -> int:
     from rich.console import Console
 
     from .. import benchmarks
+    from .._machine import cannot_compile
     from ..benchmarks import cases, devices, engine, report
 
     chosen = [benchmarks.load(name) for name in _known("benchmark", arguments.ops, benchmarks.names())]
-    selection = _selection(arguments, chosen)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     try:
         device = devices.open_device(arguments.device)
     except ValueError as error:
         raise _BadInput(str(error)) from None
-    runs = [(benchmark, case, dtypes) for benchmark in chosen for case, dtypes in selection.runs(benchmark)]
+    selection = _selection(arguments, chosen, device)
+    runs = [(benchmark, case, dtypes) for benchmark in chosen for case, dtypes in selection.runs(benchmark, device)]
     if not runs:
         raise _BadInput("no case fits what was asked for; --list shows what there is")
     if arguments.list:
@@ -66,7 +67,7 @@ def _bench(argv: list[str]) -> int:
         _make_folder(arguments.out)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else TABLE_WIDTH)
     command = shlex.join(["bigmodel-fast", "bench", *argv])
-    if reason := cases.can_compile(device.device.type):
+    if reason := cannot_compile(device.device.type):
         console.print(reason, soft_wrap=True)
     total = sum(len(dtypes) for _, _, dtypes in runs)
     budget = engine.QUICK if arguments.quick else engine.FULL
@@ -107,15 +108,17 @@ def _bench_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _selection(arguments: argparse.Namespace, chosen: list[Benchmark]) -> Selection:
+def _selection(arguments: argparse.Namespace, chosen: list[Benchmark], device: Device) -> Selection:
     from ..benchmarks import cases, engine
+
+    providers = (p for b in chosen for p in b.providers_on(device.device.type))
 
     def check(option: str, names: list[str] | None, known: Iterable[str]) -> list[str] | None:
         return None if names is None else _known(option, names, list(dict.fromkeys(known)))
 
     return engine.Selection(
         dtypes=check("--dtype", arguments.dtype, cases.DTYPES) or tuple(cases.DTYPES),
-        providers=check("--providers", arguments.providers, (p for b in chosen for p in b.provider_names)),
+        providers=check("--providers", arguments.providers, providers),
         directions=check("--directions", arguments.directions, (d for b in chosen for d in b.directions)),
         pattern=arguments.filter,
         quick=arguments.quick,

@@ -3,18 +3,14 @@
 import json
 import os
 import platform
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import __version__, build_info, cpu_isa, working_memory
 from .._library import supported_cpu_isas
+from .._machine import cpu_copy_bandwidth, cpu_flops, cpu_name
 from .arguments import parse
-
-PEAK_SECONDS = 0.2  # of multiplying, for each dtype
-COPY_BYTES = 256 << 20  # beyond any cache
 
 
 def run(argv: list[str]) -> int:
@@ -49,47 +45,10 @@ def collect() -> dict[str, Any]:
         "cuda_device": torch.cuda.get_device_name() if cuda else None,
         "build": build_info(),
         "working_memory_limit": working_memory()["limit"],
-        "peak_gflops_fp32": peak_gflops(bfloat16=False),
-        "peak_gflops_bf16": peak_gflops(bfloat16=True),
-        "copy_gbytes_per_second": copy_bandwidth(),
+        "peak_gflops_fp32": cpu_flops(bfloat16=False) / 1e9,
+        "peak_gflops_bf16": cpu_flops(bfloat16=True) / 1e9,
+        "copy_gbytes_per_second": cpu_copy_bandwidth() / 1e9,
     }
-
-
-def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def peak_gflops(*, bfloat16: bool) -> float:
-    """The multiply-add rate of all threads together, in 1e9 operations a second (a multiply-add is two)."""
-    best, iterations, deadline = 0.0, 1000, time.perf_counter() + PEAK_SECONDS
-    while time.perf_counter() < deadline:
-        start = time.perf_counter()
-        operations = torch.ops.bigmodel_fast.peak_flops(bfloat16, iterations)
-        seconds = time.perf_counter() - start
-        best = max(best, operations / seconds / 1e9)
-        if seconds < PEAK_SECONDS / 10:  # too short to tell the clock's and the threads' share in it
-            iterations *= 2
-    return best
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written by a copy of memory that no cache holds, in 1e9 a second; the best of five."""
-    source = torch.ones(COPY_BYTES // 8)  # a quarter each of float32: source and target are COPY_BYTES together
-    target = torch.empty_like(source)
-    target.copy_(source)  # touches its pages
-    best = 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        target.copy_(source)
-        best = max(best, COPY_BYTES / (time.perf_counter() - start) / 1e9)
-    return best
 
 
 def table(found: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
-from . import _checks
+from . import _checks, _norm
 
 
 def reference(
@@ -16,7 +16,7 @@ def reference(
     s = x if residual is None else x.to(torch.promote_types(x.dtype, residual.dtype)) + residual
     wide = s.to(torch.promote_types(s.dtype, torch.float32))
     weight, bias = (None if t is None else t.to(wide.dtype) for t in (weight, bias))
-    y = F.layer_norm(wide, (s.shape[-1],), weight, bias, eps).to(_checks.autocast_dtype(x) or x.dtype)
+    y = F.layer_norm(wide, (s.shape[-1],), weight, bias, eps).to(_norm.output_dtype(x))
     return y if residual is None else (y, s)
 
 
@@ -93,11 +93,7 @@ def layer_norm(
     _checks.shape("layer_norm", "weight", weight, (x.shape[-1],), "(x's last dimension)")
     _checks.shape("layer_norm", "bias", bias, (x.shape[-1],), "(x's last dimension)")
     _checks.shape("layer_norm", "residual", residual, tuple(x.shape), "(x's shape)")
-    reason = _dispatch.unsupported(x, weight, bias, residual)
-    if residual is not None and residual.dtype != x.dtype and torch.float16 in (x.dtype, residual.dtype):
-        reason = reason or "float16 with a residual of another dtype"
-    if not _dispatch.use_native("layer_norm", reason, x):
+    if not _dispatch.use_native("layer_norm", _norm.uncovered(x, residual, weight, bias), x):
         return reference(x, weight, bias, eps=eps, residual=residual)
-    dtype = _checks.autocast_dtype(x) or x.dtype
-    y, s, _, _ = _LayerNorm.apply(x, weight, bias, residual, eps, dtype)
+    y, s, _, _ = _LayerNorm.apply(x, weight, bias, residual, eps, _norm.output_dtype(x))
     return y if residual is None else (y, s)

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
-from . import _checks
+from . import _checks, _norm
 
 
 def reference(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor | None = None):
@@ -13,7 +13,7 @@ def reference(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor 
     s = x if residual is None else x.to(torch.promote_types(x.dtype, residual.dtype)) + residual
     wide = s.to(torch.promote_types(torch.promote_types(s.dtype, weight.dtype), torch.float32))
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)
-    y = y.to(_checks.autocast_dtype(x) or x.dtype)
+    y = y.to(_norm.output_dtype(x))
     return y if residual is None else (y, s)
 
 
@@ -80,10 +80,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor |
         raise ValueError(f"rms_norm: x must be [..., width], got {_checks.describe(x)}")
     _checks.shape("rms_norm", "weight", weight, (x.shape[-1],), "(x's last dimension)")
     _checks.shape("rms_norm", "residual", residual, tuple(x.shape), "(x's shape)")
-    reason = _dispatch.unsupported(x, weight, residual)
-    if residual is not None and residual.dtype != x.dtype and torch.float16 in (x.dtype, residual.dtype):
-        reason = reason or "float16 with a residual of another dtype"
-    if not _dispatch.use_native("rms_norm", reason, x):
+    if not _dispatch.use_native("rms_norm", _norm.uncovered(x, residual, weight), x):
         return reference(x, weight, eps=eps, residual=residual)
-    y, s, _ = _RmsNorm.apply(x, weight, residual, eps, _checks.autocast_dtype(x) or x.dtype)
+    y, s, _ = _RmsNorm.apply(x, weight, residual, eps, _norm.output_dtype(x))
     return y if residual is None else (y, s)

@@ -90,6 +90,8 @@ class TrainConfig:
         seed: of the weights and of the order of the data.
         device: auto (CUDA if there is some), cpu or cuda.
         dtype: auto (bf16 on CUDA and on CPUs that multiply bf16, else fp32), bf16 (autocast, float32 weights) or fp32.
+        compile: train through torch.compile; the first step takes a minute or so, and resuming stays exact.
+        cuda_graphs: record a pass as a CUDA graph and replay it: the CPU cannot hold up small models. CUDA only.
         threads: CPU threads. null: as many as torch takes.
         tensorboard: write TensorBoard events as well.
         cache: folder of tokenized corpora. null: bigmodel_fast in $XDG_CACHE_HOME or ~/.cache.
@@ -112,6 +114,8 @@ class TrainConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: bool = False
+    cuda_graphs: bool = False
     threads: int | None = None
     tensorboard: bool = False
     cache: str | None = None
@@ -160,10 +164,17 @@ class TrainConfig:
         self.model.gpt(self.vocab_size)
 
     def differences(self, other: "TrainConfig") -> list[str]:
-        """Keys that make a run another run (model, tokenizer, optimizer, seed), where this one and `other` differ."""
+        """Keys that make a run another run (model, tokenizer, optimizer, seed), where this one and `other` differ.
+
+        A step may be cut into other passes: batch and accumulation may change as long as their product does not.
+        """
         mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
         identity = ("tokenizer", "vocab_size", "seed")
-        return [k for k in mine if (k in identity or k.startswith(("model.", "optim."))) and mine[k] != theirs[k]]
+        different = [k for k in mine if (k in identity or k.startswith(("model.", "optim."))) and mine[k] != theirs[k]]
+        passes = {"optim.batch", "optim.accumulation"}
+        if self.optim.batch * self.optim.accumulation == other.optim.batch * other.optim.accumulation:
+            different = [k for k in different if k not in passes]
+        return different
 
     def value(self, key: str) -> Any:
         """The setting at a dotted key."""

@@ -1,12 +1,14 @@
 """The training loop: a GPT from random weights on text, to be stopped and taken up again at any step.
 
 A run that is resumed goes on with the same bits as one that never stopped: weights, optimizer, position in the data,
-schedule and random numbers are in the checkpoint. (Under a budget of minutes the schedule follows the clock.)
+schedule and random numbers are in the checkpoint. (Under a budget of minutes the schedule follows the clock; a batch
+that is cut into other passes than before is summed in another order.)
 """
 
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +21,9 @@ from ..optim import cosine
 from . import setup
 from .checkpoint import Checkpoint, save_checkpoint
 from .config import TrainConfig
-from .errors import CheckpointError, TrainError
+from .errors import CheckpointError, TrainError, is_out_of_memory
 from .metrics import MetricsLog, plot_losses
+from .passes import Feed, GraphedPass
 from .report import Evaluation, Reporter, Start, Step
 from .signals import StopRequest
 
@@ -62,7 +65,16 @@ class Trainer:
         self.report = reporter or Reporter()
         self.device = setup.pick_device(config.device)
         self.dtype = setup.pick_dtype(config.dtype, self.device)
-        setup.open_folder(config.out_folder)
+        setup.require_features(config, self.device)
+        made = setup.open_folder(config.out_folder)
+        try:
+            self._prepare()
+        except BaseException:
+            setup.remove_empty(made)
+            raise
+
+    def _prepare(self) -> None:
+        config = self.config
         checkpoint = setup.find_checkpoint(config, self.report.message)
         if checkpoint is not None:
             setup.require_same_run(config, self.dtype, checkpoint)
@@ -76,8 +88,20 @@ class Trainer:
         self.batches, self.validation = setup.make_batches(config, self.files)
         self._corpus = setup.fingerprint(self.files)
         self._byte_lengths = setup.byte_lengths(self.files.tokenizer)
+        self.feed = Feed(self.batches, self.device)
         torch.manual_seed(config.seed)
-        self.model = GPT(config.model.gpt(self.files.tokenizer.vocab_size)).to(self.device)
+        try:
+            self.model = GPT(config.model.gpt(self.files.tokenizer.vocab_size)).to(self.device)
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise TrainError(
+                    "out of memory for the model itself; lower model.layers, model.width or vocab_size"
+                ) from None
+            raise
+        self._forward = torch.compile(self.model, dynamic=False) if config.compile else self.model
+        self._pass = (
+            GraphedPass(self._run_pass, list(self.model.parameters())) if config.cuda_graphs else self._run_pass
+        )
         self.optimizer = setup.make_optimizer(self.model, config)
         self._flops_per_token = self.model.flops_per_token(config.model.context)
 
@@ -122,7 +146,7 @@ class Trainer:
                 with StopRequest() as stop:
                     self.report.start(self._start())
                     self._train(stop)
-                    plot_losses(self._log.path, out / "loss.png")
+                    self._draw()
             finally:
                 self.report.end()
                 self._log.close()
@@ -131,6 +155,10 @@ class Trainer:
         except OSError as error:
             reason = error.strerror or error
             raise TrainError(f"step {self.step}: cannot write to {out} ({reason}){self._what_is_saved()}") from error
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise TrainError(f"step {self.step}: {self._smaller_passes()}{self._what_is_saved()}") from None
+            raise
         assert self.checkpoint is not None
         return Result(self.progress >= 1, self.step, self.step - self._first_step, self.checkpoint, self.evaluation)
 
@@ -144,6 +172,7 @@ class Trainer:
                 self._evaluate()
             if self.step % config.save_every == 0:
                 self._save()
+                self._draw()
                 saved_at = self.step
             self._tick()
         evaluated_at = self.evaluation.step if self.evaluation else self._first_step
@@ -161,17 +190,17 @@ class Trainer:
         optim, start, learning_rate = self.config.optim, time.perf_counter(), self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = 0.0
+        parts = []
         with packed_weights(self.model.parameters() if optim.accumulation > 1 else ()):
             for _ in range(optim.accumulation):
-                part = self._loss(*self.batches.next()) / optim.accumulation
-                part.backward()
-                loss += part.item()
+                parts.append(self._pass(*self.feed.next()))
+                self.feed.look_ahead()
+        loss = sum(part.item() for part in parts)
         norm = self.optimizer.clip_grad_norm(optim.clip or math.inf).item()
         good = math.isfinite(loss) and math.isfinite(norm)
         if good:
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.config.cuda_graphs)
         self.step += 1
         self._tick()
         self._report_step(loss, learning_rate, norm, time.perf_counter() - start)
@@ -182,15 +211,21 @@ class Trainer:
                 f"try a lower optim.lr or a longer optim.warmup{self._what_is_saved()}"
             )
 
-    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def _run_pass(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Adds the gradients of a pass to those there are; its share of the step's loss."""
+        part = self._loss(self._forward, tokens, targets) / self.config.optim.accumulation
+        part.backward()
+        return part.detach()
+
+    def _loss(self, model: Callable[..., Tensor], tokens: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
-            return self.model(tokens.to(self.device), targets.to(self.device))
+            return model(tokens.to(self.device), targets.to(self.device))
 
     @torch.no_grad()
     def _evaluate(self) -> None:
         batches = self.validation.spread(max(1, self.config.eval_sequences // self.validation.batch))
         with packed_weights(self.model.parameters()):
-            loss = sum(self._loss(*batch).item() for batch in batches) / len(batches)
+            loss = sum(self._loss(self.model, *batch).item() for batch in batches) / len(batches)
         nats = loss * sum(targets.numel() for _, targets in batches)
         size = sum(int(self._byte_lengths[targets.numpy()].sum()) for _, targets in batches)
         self.evaluation = Evaluation(
@@ -243,21 +278,42 @@ class Trainer:
                 "config": self.config.to_dict(),
                 "dtype": self.dtype,
                 "elapsed": self.elapsed,
-                "batches": self.batches.state_dict(),
+                "batches": self.feed.state_dict(),
                 "corpus": self._corpus,
                 "random": setup.random_state(self.device),
             },
         )
         self.report.saved(self.checkpoint)
 
+    def _draw(self) -> None:
+        """loss.png; a picture that cannot be drawn is no reason to end a run."""
+        try:
+            plot_losses(self._log.path, self.config.out_folder / "loss.png")
+        except Exception as error:
+            self.report.message(f"loss.png could not be drawn: {' '.join(str(error).split())}")
+
     def _resume(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
         if state["corpus"] != self._corpus:
             raise CheckpointError(f"{checkpoint.path}: trained on another text than there is at data now")
         checkpoint.restore(self.model, self.optimizer)
-        self.batches.load_state_dict(state["batches"])
+        self.feed.load_state_dict(state["batches"])
         setup.set_random_state(state["random"], self.device)
         self.step, self.elapsed, self.checkpoint = checkpoint.step, state["elapsed"], checkpoint.path
+
+    def _smaller_passes(self) -> str:
+        """What to do about too little memory: the same step in more passes, each half as large or less."""
+        o = self.config.optim
+        if o.batch == 1:
+            return (
+                f"out of memory with one sequence of {self.config.model.context} tokens a pass; "
+                "lower --model.context, --model.layers or --model.width"
+            )
+        batch = next(b for b in range(o.batch // 2, 0, -1) if o.batch % b == 0)
+        return (
+            f"out of memory with {o.batch} sequences a pass; --optim.batch {batch} "
+            f"--optim.accumulation {o.accumulation * o.batch // batch} keeps the tokens of a step"
+        )
 
     def _what_is_saved(self) -> str:
         return f"; the last good checkpoint is {self.checkpoint}" if self.checkpoint else "; nothing was saved before"

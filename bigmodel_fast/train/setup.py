@@ -1,6 +1,7 @@
 """What a run needs before its first step: a device, a folder, the checkpoint it goes on from, data, an optimizer."""
 
 import base64
+import contextlib
 import importlib.util
 import tempfile
 import zlib
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from .. import cpu_isa
+from .._machine import cannot_compile
 from ..data import Batches, DataError, TokenFiles, Tokenizer, prepare
 from ..models import GPT
 from ..optim import AdamW
@@ -41,14 +43,32 @@ def pick_dtype(name: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" or cpu_isa() == "avx512_bf16" else "fp32"
 
 
-def open_folder(out: Path) -> None:
-    """Makes the folder of the run; ConfigError if nothing can be written there."""
+def require_features(config: TrainConfig, device: torch.device) -> None:
+    """ConfigError for compile or cuda_graphs where they cannot work."""
+    if config.cuda_graphs and device.type != "cuda":
+        raise ConfigError(f"cuda_graphs: needs a CUDA device, and the run is on {device.type}")
+    if config.compile and (reason := cannot_compile(device.type)):
+        raise ConfigError(f"compile: {reason}")
+
+
+def open_folder(out: Path) -> list[Path]:
+    """Makes the folder of the run; returns what it had to make, innermost first. ConfigError if it is not writable."""
+    missing = [path for path in (out, *out.parents) if not path.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
+        remove_empty(missing)
         raise ConfigError(f"out: cannot write to {out} ({error.strerror})") from None
+    return missing
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Removes folders, innermost first, up to one that holds something."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def find_checkpoint(config: TrainConfig, tell: Callable[[str], None]) -> Checkpoint | None:

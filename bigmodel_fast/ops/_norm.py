@@ -1,0 +1,22 @@
+"""What layer_norm and rms_norm share."""
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch
+from . import _checks
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's within its region, else x's."""
+    return _checks.autocast_dtype(x) or x.dtype
+
+
+def uncovered(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> str | None:
+    """Why no kernel takes these tensors together; None if one does."""
+    reason = _dispatch.unsupported(x, residual, *parameters)
+    if reason is None and x.is_cpu and output_dtype(x) is torch.float16:
+        reason = "no kernel for torch.float16"
+    if residual is not None and residual.dtype != x.dtype and torch.float16 in (x.dtype, residual.dtype):
+        reason = reason or "float16 with a residual of another dtype"
+    return reason
