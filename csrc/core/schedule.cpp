@@ -5,7 +5,10 @@
 
 namespace bmf {
 
+void (*observe_work)(const int64_t* work, int64_t n) = nullptr;
+
 void order_by_work(const int64_t* work, int64_t n, int64_t* order) {
+  if (observe_work) observe_work(work, n);
   std::iota(order, order + n, int64_t{0});
   std::stable_sort(order, order + n, [&](int64_t a, int64_t b) { return work[a] > work[b]; });
 }

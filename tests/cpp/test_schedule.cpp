@@ -1,5 +1,7 @@
 // How evenly tasks of unequal size keep 8, 32 and 96 threads busy: the busiest has at most a tenth more than the mean.
 #include "core/schedule.h"
+
+#include "cpu/attention.h"
 #include "testing.h"
 
 using namespace testing;
@@ -16,12 +18,40 @@ double imbalance(const std::vector<int64_t>& work, int threads) {
   return static_cast<double>(*std::max_element(busy.begin(), busy.end())) * threads / static_cast<double>(total);
 }
 
-// Pairs of a causal sequence's blocks of queries, each with the keys up to it.
-void add_causal_blocks(int64_t length, int64_t block, std::vector<int64_t>& work) {
-  for (int64_t row = 0; row < length; row += block) {
-    const int64_t end = std::min(length, row + block);
-    work.push_back((end * (end + 1) - row * (row + 1)) / 2);
+// The tasks that attention itself hands out, forward and backward, were there so many threads.
+std::vector<std::vector<int64_t>> attention_tasks(const std::vector<int64_t>& lengths, int64_t heads, int64_t key_heads,
+                                                  bool causal, int count) {
+  constexpr int64_t kWidth = 1;  // the work lists count pairs of queries and keys, whatever they cost
+  static std::vector<std::vector<int64_t>> lists;
+  lists.clear();
+  bmf::observe_work = [](const int64_t* work, int64_t n) { lists.emplace_back(work, work + n); };
+  const Threads none{count, [](int, void (*)(int, void*), void*) {}};  // plans are made, and not carried out
+  int64_t rows = 0;
+  std::vector<bmf::AttentionSequence> sequences;
+  for (const int64_t length : lengths) {
+    sequences.push_back({0, rows, rows, length, length, 0});
+    rows += length;
   }
+  const Array query(Dtype::bfloat16, rows * heads * kWidth), key(Dtype::bfloat16, rows * key_heads * kWidth);
+  std::vector<bmf::RowStats> stats(static_cast<size_t>(heads * rows));
+  bmf::AttentionArgs args{};
+  args.dtype = Dtype::bfloat16;
+  args.heads = heads;
+  args.key_heads = key_heads;
+  args.head_dim = kWidth;
+  args.sequences = sequences.data();
+  args.sequence_count = std::ssize(sequences);
+  args.query = args.out = args.grad_out = args.grad_query = {query.data(), 0, kWidth, heads * kWidth};
+  args.key = args.value = args.grad_key = args.grad_value = {key.data(), 0, kWidth, key_heads * kWidth};
+  args.stats = stats.data();
+  args.stats_rows = rows;
+  args.scale = 1;
+  args.left = int64_t{1} << 30;
+  args.right = causal ? 0 : int64_t{1} << 30;
+  bmf::attention_forward(args, none);
+  bmf::attention_backward(args, none);
+  bmf::observe_work = nullptr;
+  return lists;
 }
 
 void check_order() {
@@ -33,14 +63,27 @@ void check_order() {
 
 void check_balance() {
   for (const int threads : {8, 32, 96}) {
-    context = std::to_string(threads) + " threads";
-    std::vector<int64_t> causal, ragged;
-    for (int head = 0; head < 16; ++head) add_causal_blocks(4096, 96, causal);  // of forward: blocks of 96 queries
-    CHECK(imbalance(causal, threads) <= 1.1);
-    for (int64_t i = 0; i < 64; ++i)  // sequences of 17 to 2,033 tokens, 8 heads each
-      for (int head = 0; head < 8; ++head) add_causal_blocks(17 + i * 32, 96, ragged);
-    CHECK(imbalance(ragged, threads) <= 1.1);
     CHECK(imbalance(std::vector<int64_t>(10 * threads, 7), threads) == 1.0);
+    std::vector<int64_t> ragged;  // 17 to 2,033 tokens
+    for (int64_t i = 0; i < 64; ++i) ragged.push_back(17 + i * 32);
+    const std::vector<int64_t> even(8, 2048);
+    struct Batch {
+      const char* name;
+      std::vector<int64_t> lengths;
+      int64_t heads, key_heads;
+      bool causal;
+    };
+    for (const Batch& batch : {Batch{"causal", even, 16, 16, true}, Batch{"causal, shared keys", even, 16, 4, true},
+                               Batch{"full", even, 16, 16, false}, Batch{"ragged", ragged, 8, 8, true}}) {
+      context = std::to_string(threads) + " threads, " + batch.name;
+      const auto lists = attention_tasks(batch.lengths, batch.heads, batch.key_heads, batch.causal, threads);
+      CHECK(lists.size() == 2);
+      for (const std::vector<int64_t>& work : lists) {
+        const double most = imbalance(work, threads);
+        CHECK(most <= 1.1);
+        if (most > 1.1) std::fprintf(stderr, "  %.3f of the mean, %zu tasks\n", most, work.size());
+      }
+    }
   }
 }
 
