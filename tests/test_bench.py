@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bigmodel_fast.benchmarks import engine, regressions, report
+from bigmodel_fast.benchmarks import engine, performance, regressions, report
 from bigmodel_fast.benchmarks.cases import COMPILE, DTYPES, EAGER, OURS, Benchmark, Case, OpBenchmark, normal
 from bigmodel_fast.benchmarks.devices import Cpu
 
@@ -28,6 +28,37 @@ def run(benchmark: Benchmark, **selection) -> list[engine.Row]:
 
 def only(benchmark: Benchmark, case: Case) -> Benchmark:
     return replace(benchmark, cases=(replace(case, compiled=()),))
+
+
+# ---- the page on performance ----
+
+
+def test_the_page_shows_the_roof_what_is_left_and_every_loss(tmp_path: Path) -> None:
+    def row(case: str, provider: str, seconds: float, **more) -> engine.Row:
+        numbers = {"seconds": seconds, "low": seconds, "high": seconds, "rate": 1e9, "unit": "FLOP"}
+        return engine.Row("linear", case, "bf16", "forward", provider, **{**numbers, **more})
+
+    rows = [
+        row("wide", EAGER, 0.008, share=0.4, speedup=1.0),
+        row("wide", OURS, 0.004, share=0.8, speedup=2.0),
+        row("small", EAGER, 0.001, share=0.2, speedup=1.0),
+        row("small", OURS, 0.002, share=0.1, speedup=0.5),
+        row("broken", OURS, 0.002, share=0.1, speedup=0.5, status="wrong: 0.3"),
+    ]
+    machine = {"cpu": "CPU", "isa": "avx2", "threads": 2, "torch": "2", "bigmodel_fast": "0", "commit": "c"}
+    found = report.Report({**machine, "date": "2026-01-01T00", "command": "bench"}, PEAKS, rows)
+    found.save(tmp_path)
+    page = performance.page(report.Report.load(tmp_path / "bench.json"))
+    assert "| [linear](#linear) | bf16 | forward | 28% | 10% | 1.00x | 0.50x |" in page
+    assert "| wide, bf16, forward | 3.2 ms | 4 ms | 80% | 800 us | 2.00x |" in page
+    assert "- linear, small, bf16, forward: 0.50x (2 ms)" in page
+    assert "broken" not in page
+
+
+def test_the_page_needs_a_bench_json(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["performance", str(tmp_path / "none.json")])
+    assert performance.main() == 2
+    assert "No such file" in capsys.readouterr().err
 
 
 # ---- the files ----
