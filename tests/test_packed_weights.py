@@ -68,7 +68,7 @@ def test_same_bits_and_packed_once(function, dtype, isa, weights) -> None:
     assert _C.packed_weights_bytes() == 0
 
 
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", [1, 4, 16])
 def test_few_rows_are_as_near_as_without(rows: int, weights) -> None:
     x = torch.randn(rows, 33)
     exact = [torch.nn.functional.linear(x.double(), weights[n].double()) for n in "ac"]

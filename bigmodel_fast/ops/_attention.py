@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
 from . import _checks, _dense
+from ._autograd import positional
 
 Window = int | tuple[int, int] | None
 
@@ -43,6 +44,7 @@ def _empty_heads(t: Tensor) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
+    @positional
     def forward(query, key, value, bias, alibi_slopes, key_lengths, query_starts, key_starts, seed, options):
         expanded = None
         if bias is not None:

@@ -4,9 +4,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._autograd import positional
+
 
 class _SplitHeads(torch.autograd.Function):
     @staticmethod
+    @positional
     def forward(qkv, counts):
         return tuple(part.transpose(1, 2) for part in qkv.split(counts, dim=2))
 

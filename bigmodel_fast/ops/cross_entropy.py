@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
 from . import _checks
+from ._autograd import positional
 
 
 def reference(
@@ -47,6 +48,7 @@ class _CrossEntropy(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @positional
     def forward(logits, target, options):
         return torch.ops.bigmodel_fast.cross_entropy_fwd(logits, target, *options)
 

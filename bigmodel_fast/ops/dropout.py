@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
 from . import _checks, _dense
+from ._autograd import positional
 
 FEWEST_ELEMENTS = 8192  # on CPU, F.dropout is done with fewer before a kernel of ours is called
 
@@ -22,6 +23,7 @@ def _(x, seed, p, residual, dtype):
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
+    @positional
     def forward(x, residual, seed, p):
         flat = None if residual is None else _dense.rows(residual)
         return torch.ops.bigmodel_fast.dropout_fwd(

@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
 from . import _checks, _dense
+from ._autograd import positional
 
 
 def reference(token: Tensor, weight: Tensor) -> Tensor:
@@ -26,6 +27,7 @@ def _(grad_out, token, classes, dtype):
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
+    @positional
     def forward(token, weight):
         out = torch.ops.bigmodel_fast.embedding_fwd(token.reshape(-1), _dense.rows(weight))
         return out.view(*token.shape, weight.shape[1])

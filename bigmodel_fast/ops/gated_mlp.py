@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
 from . import _checks, _dense
+from ._autograd import positional
 from .linear import reference as linear_reference
 
 
@@ -43,6 +44,7 @@ def _(dy, x, w_gate, w_up, w_down, gate, up, activation, wants):
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
+    @positional
     def forward(x, w_gate, w_up, w_down, residual, seed, activation, save, dropout_p):
         y, gate, up = torch.ops.bigmodel_fast.gated_mlp_fwd(
             *(_dense.rows(t) for t in (x, w_gate, w_up, w_down)),

@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
 from . import _checks, _norm
+from ._autograd import positional
 
 
 def reference(
@@ -39,6 +40,7 @@ class _LayerNorm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @positional
     def forward(x, weight, bias, residual, eps, dtype):
         return torch.ops.bigmodel_fast.layer_norm_fwd(x, weight, bias, residual, eps, dtype)
 

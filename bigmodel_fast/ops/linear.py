@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from .. import _dispatch
 from . import _checks, _dense
 from ._activation import activate
+from ._autograd import positional
 
 
 def reference(
@@ -42,6 +43,7 @@ def _(dy, x, weight, pre, activation, wants):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
+    @positional
     def forward(x, weight, bias, residual, seed, activation, save_pre, dropout_p):
         y, pre = torch.ops.bigmodel_fast.linear_fwd(
             _dense.rows(x),

@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
 from . import _checks, _dense
+from ._autograd import positional
 from .cross_entropy import reference as cross_entropy_reference
 from .linear import reference as linear_reference
 
@@ -63,6 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are made in forward, where the logits are, and only scaled in backward; but for reduction "none"."""
 
     @staticmethod
+    @positional
     def forward(x, weight, bias, target, wants, options):
         made = wants if options[-1] != "none" else (False, False, False)
         return torch.ops.bigmodel_fast.linear_cross_entropy_fwd(

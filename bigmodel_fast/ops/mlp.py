@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
 from . import _checks, _dense
+from ._autograd import positional
 from .linear import reference as linear_reference
 
 
@@ -47,6 +48,7 @@ def _(dy, x, w1, w2, pre, activation, wants):
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
+    @positional
     def forward(x, w1, b1, w2, b2, residual, seed, activation, save_pre, dropout_p):
         y, pre = torch.ops.bigmodel_fast.mlp_fwd(
             _dense.rows(x),

@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
 from . import _checks, _norm
+from ._autograd import positional
 
 
 def reference(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor | None = None):
@@ -34,6 +35,7 @@ class _RmsNorm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @positional
     def forward(x, weight, residual, eps, dtype):
         return torch.ops.bigmodel_fast.rms_norm_fwd(x, weight, residual, eps, dtype)
 

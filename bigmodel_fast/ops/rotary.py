@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import _dispatch
 from . import _checks
+from ._autograd import positional
 
 
 def _rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -28,6 +29,7 @@ class _Rotary(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @positional
     def forward(query, key, cos, sin, inverse):
         return torch.ops.bigmodel_fast.rotary_fwd(query, key, cos, sin, inverse)
 

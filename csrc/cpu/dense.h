@@ -30,20 +30,57 @@ BMF_INLINE MatrixView<T> transposed(const MatrixView<T>& w) {
 
 constexpr int64_t kSumRows = 256;  // rows summed together, and their sums then in order, for a bias gradient
 
-// At most this many rows are multiplied without packing: each weight is then read once, straight into the sums.
-constexpr int64_t kFewRows = 4;
+// At most this many rows are multiplied without packing W: it is then read once, straight into the sums.
+constexpr int64_t kFewRows = 16;
+constexpr int kGroupRows = kLanes / 4, kGroupColumns = 4;  // of sums at a time: kLanes of them
 
-// sums[r][c] = x[r] . w[col + c] for r < m and c < cols; x is float here, its rows zero beyond k up to `stride`.
+// `m` rows of x as floats, zero beyond k up to `stride` and beyond m up to whole groups.
+class FewRows {
+ public:
+  template <class X>
+  FewRows(const MatrixView<X>& x, int64_t m, int64_t k)
+      : stride_(ceil_div(k, kLanes) * kLanes), rows_(ceil_div(m, kGroupRows) * kGroupRows), wide_(rows_ * stride_ * 4) {
+    for (int64_t r = 0; r < rows_; ++r)
+      for_lanes(k, [&](int64_t c, int lanes) {
+        store(wide_.at<float>(0) + r * stride_ + c, r < m ? load_lanes(x.at(r, c), lanes) : Vec{});
+      });
+  }
+  int64_t rows() const { return rows_; }
+  const float* row(int64_t r) const { return wide_.at<float>(0) + r * stride_; }
+
+ private:
+  int64_t stride_, rows_;
+  Scratch wide_;
+};
+
+// sums[r][c] = x[r] . w[col + c] for c < cols, whole groups of rows.
 template <class W>
-void multiply_few_rows(const float* x, int64_t stride, const MatrixView<W>& w, int64_t m, int64_t col, int64_t cols,
-                       int64_t k, float* sums) {
-  for (int64_t c = 0; c < cols; ++c) {
-    Vec acc[kFewRows] = {};
-    for_lanes(k, [&](int64_t i, int lanes) {
-      const Vec weight = load_lanes(w.at(col + c, i), lanes);
-      for (int64_t r = 0; r < m; ++r) acc[r] = fma(weight, load(x + r * stride + i), acc[r]);
-    });
-    for (int64_t r = 0; r < m; ++r) sums[r * Tile::stride + c] = sum(acc[r]);
+void multiply_few_rows(const FewRows& x, const MatrixView<W>& w, int64_t col, int64_t cols, int64_t k, float* sums) {
+  for (int64_t c = 0; c < cols; c += kGroupColumns) {
+    const W* weight[kGroupColumns];
+    for (int j = 0; j < kGroupColumns; ++j) weight[j] = w.at(col + smaller(c + j, cols - 1), 0);
+    for (int64_t r = 0; r < x.rows(); r += kGroupRows) {
+      Vec acc[kLanes] = {};
+      for_lanes(k, [&](int64_t i, int lanes) {
+        Vec column[kGroupColumns];
+#pragma GCC unroll 4
+        for (int j = 0; j < kGroupColumns; ++j) column[j] = load_lanes(weight[j] + i, lanes);
+#pragma GCC unroll 4
+        for (int g = 0; g < kGroupRows; ++g) {
+          const Vec row = load(x.row(r + g) + i);
+#pragma GCC unroll 4
+          for (int j = 0; j < kGroupColumns; ++j)
+            acc[g * kGroupColumns + j] = fma(row, column[j], acc[g * kGroupColumns + j]);
+        }
+      });
+      transpose_units(acc);
+      for (int step = kLanes / 2; step > 0; step /= 2)
+        for (int i = 0; i < step; ++i) acc[i] += acc[i + step];
+      float group[kLanes];
+      store(group, acc[0]);
+      for (int g = 0; g < kGroupRows; ++g)
+        __builtin_memcpy(sums + (r + g) * Tile::stride + c, group + g * kGroupColumns, kGroupColumns * 4);
+    }
   }
 }
 
@@ -52,15 +89,11 @@ template <class Mode, class X, class W, class Epilogue>
 inline void dense_product(const Threads& threads, const MatrixView<X>& x, const MatrixView<W>& w, int64_t m, int64_t n,
                           int64_t k, const Epilogue& epilogue) {
   if (m > kFewRows || weights_held(w.data)) return gemm<Mode>(threads, x, transposed(w), m, n, k, epilogue);
-  const int64_t stride = ceil_div(k, kLanes) * kLanes;
-  const Scratch wide(m * stride * 4);
-  for (int64_t r = 0; r < m; ++r)
-    for_lanes(k,
-              [&](int64_t c, int lanes) { store(wide.at<float>(0) + r * stride + c, load_lanes(x.at(r, c), lanes)); });
+  const FewRows rows(x, m, k);
   parallel_tasks(threads, ceil_div(n, kPanel), [&](int64_t panel, int) {
     float sums[kFewRows * Tile::stride];
     const int64_t col = panel * kPanel;
-    multiply_few_rows(wide.at<float>(0), stride, w, m, col, smaller(kPanel, n - col), k, sums);
+    multiply_few_rows(rows, w, col, smaller(kPanel, n - col), k, sums);
     epilogue(Tile{0, m, panel, 1, sums});
   });
 }
@@ -125,10 +158,56 @@ inline void dense_affine(const Threads& threads, const MatrixView<X>& x, const M
   dense_product<Mode>(threads, x, w, m, n, k, DenseEpilogue<Activation::none, X>{bias, out, nullptr, n});
 }
 
+// out[r][col + c] = sum over i < n of g[r][i] w[i][col + c] for c < cols <= kPanel and r < m; g in whole groups.
+template <class X, class W>
+void multiply_few_rows_across(const FewRows& g, const MatrixView<W>& w, int64_t m, int64_t n, int64_t col, int64_t cols,
+                              X* out, int64_t stride) {
+  constexpr int64_t kSummed = 256;  // rows of W in one sum: sums of blocks round off less than one long sum
+  constexpr int kRowsAtOnce = 4;
+  for (int64_t r = 0; r < m; r += kRowsAtOnce) {
+    const float* rows[kRowsAtOnce];
+    for (int i = 0; i < kRowsAtOnce; ++i) rows[i] = g.row(smaller(r + i, m - 1));
+    Vec total[kRowsAtOnce][kPanelVecs] = {};
+    for (int64_t first = 0; first < n; first += kSummed) {
+      Vec acc[kRowsAtOnce][kPanelVecs] = {};
+      auto add = [&](int64_t i, const auto& load_weight) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kPanelVecs; ++v) {
+          const Vec weight = load_weight(w.at(i, col + v * kLanes), v);
+#pragma GCC unroll 4
+          for (int j = 0; j < kRowsAtOnce; ++j) acc[j][v] = fma(broadcast(rows[j][i]), weight, acc[j][v]);
+        }
+      };
+      for (int64_t i = first; i < smaller(n, first + kSummed); ++i)
+        if (cols == kPanel)
+          add(i, [](const W* at, int) { return load(at); });
+        else
+          add(i, [&](const W* at, int v) {
+            const int64_t left = cols - v * kLanes;
+            return left >= kLanes ? load(at) : left > 0 ? load_partial(at, static_cast<int>(left)) : Vec{};
+          });
+      for (int j = 0; j < kRowsAtOnce; ++j)
+        for (int v = 0; v < kPanelVecs; ++v) total[j][v] += acc[j][v];
+    }
+    for (int64_t j = 0; j < smaller(kRowsAtOnce, m - r); ++j)
+      for_lanes(cols, [&](int64_t c, int lanes) {
+        store_lanes(out + (r + j) * stride + col + c, total[j][c / kLanes], lanes);
+      });
+  }
+}
+
 // dx = g W.
 template <class Mode, class X, class W>
 inline void dense_dgrad(const Threads& threads, const MatrixView<X>& g, const MatrixView<W>& w, X* dx, int64_t m,
                         int64_t n, int64_t k) {
+  if (m <= kFewRows && !weights_held(w.data)) {
+    const FewRows rows(g, m, n);
+    parallel_tasks(threads, ceil_div(k, kPanel), [&](int64_t panel, int) {
+      const int64_t col = panel * kPanel;
+      multiply_few_rows_across(rows, w, m, n, col, smaller(kPanel, k - col), dx, k);
+    });
+    return;
+  }
   gemm<Mode>(threads, g, w, m, k, n, StoreTile<X>{dx, k, k});
 }
 

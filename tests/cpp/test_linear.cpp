@@ -88,8 +88,8 @@ void check_activations(const Threads& threads) {
 }  // namespace
 
 int main() {
-  constexpr Shape kShapes[] = {{1, 1, 1},      {1, 70, 33},   {4, 65, 17}, {5, 3, 2}, {7, 129, 31}, {97, 66, 130},
-                               {25, 67, 1030}, {13, 300, 64}, {0, 3, 4},   {3, 0, 4}, {3, 4, 0}};
+  constexpr Shape kShapes[] = {{1, 1, 1},      {1, 70, 33},   {4, 65, 17},   {5, 3, 2}, {7, 129, 31}, {97, 66, 130},
+                               {25, 67, 1030}, {16, 300, 64}, {17, 131, 33}, {0, 3, 4}, {3, 0, 4},    {3, 4, 0}};
   constexpr std::pair<Dtype, Dtype> kDtypes[] = {
       {Dtype::float32, Dtype::float32}, {Dtype::bfloat16, Dtype::float32}, {Dtype::bfloat16, Dtype::bfloat16}};
   for_each_isa([&](const Threads& threads) {

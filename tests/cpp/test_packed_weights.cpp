@@ -8,7 +8,7 @@ using namespace testing;
 
 namespace {
 
-constexpr int64_t kRows = 9, kOut = 131, kIn = 37;
+constexpr int64_t kRows = 19, kOut = 131, kIn = 37;
 
 // y = x W^T.
 Array multiply(const Array& x, const Array& weight, const Threads& threads) {
