@@ -8,6 +8,7 @@
 
 #include "core/isa.h"
 #include "core/scratch.h"
+#include "mlp_trainer_module.h"
 
 namespace py = pybind11;
 
@@ -28,6 +29,7 @@ PYBIND11_MODULE(_C, m) {
       "Instruction sets compiled in that this machine has, slowest first.");
   m.def("scratch_kept_bytes", &bmf::scratch_kept_bytes, "Bytes of working memory kept for later calls.");
   m.attr("scratch_kept_limit") = bmf::kScratchKeptLimit;
+  bind_mlp_trainer(m);
   py::dict build;
   build["compiler"] = BMF_COMPILER;
   build["torch_built_with"] = BMF_TORCH_VERSION;

@@ -1,5 +1,6 @@
 """Models over the operators, each readable on a few screens."""
 
 from .gpt import GPT, GPTConfig
+from .mlp import MLP
 
-__all__ = ["GPT", "GPTConfig"]
+__all__ = ["GPT", "MLP", "GPTConfig"]

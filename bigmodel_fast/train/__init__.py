@@ -9,6 +9,7 @@ from .config import ModelConfig, OptimConfig, TrainConfig
 from .errors import CheckpointError, ConfigError, TrainError
 from .loop import Result, Trainer, pretrain
 from .metrics import MetricsLog, plot_losses, read_metrics
+from .mlp import EpochResult, MLPTrainer
 from .report import Evaluation, Reporter, Start, Step
 from .setup import pick_device, pick_dtype
 
@@ -16,7 +17,9 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
+    "EpochResult",
     "Evaluation",
+    "MLPTrainer",
     "MetricsLog",
     "ModelConfig",
     "OptimConfig",

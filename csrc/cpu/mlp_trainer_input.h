@@ -1,0 +1,178 @@
+// Samples as the first layer reads them: stored bytes or floats, distorted, normalised.
+#pragma once
+#include "core/gemm.h"
+#include "cpu/mlp_trainer.h"
+
+namespace bmf::BMF_ISA {
+
+// Uniform numbers from a counter (SplitMix64, Steele et al. 2014): the same for a sample whichever thread draws them.
+class Draws {
+ public:
+  Draws(uint64_t seed, uint64_t which)
+      : state_(mix(seed + 0x9E3779B97F4A7C15u) ^ mix(which * 0xD1B54A32D192ED03u + 1)) {}
+  float within(float bound) {  // in [-bound, bound)
+    state_ += 0x9E3779B97F4A7C15u;
+    return bound * static_cast<float>(static_cast<int64_t>(mix(state_)) >> 40) * 0x1p-23f;
+  }
+
+ private:
+  static uint64_t mix(uint64_t z) {
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+  }
+  uint64_t state_;
+};
+
+BMF_INLINE Vec gather(const float* p, VecI index) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_i32gather_ps(reinterpret_cast<__m512i>(index), p, 4));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec>(_mm256_i32gather_ps(p, reinterpret_cast<__m256i>(index), 4));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[index[i]];
+  return v;
+#endif
+}
+
+BMF_INLINE Vec load_stored(const float* p, int lanes) { return load_lanes(p, lanes); }
+BMF_INLINE Vec load_stored(const uint8_t* p, int lanes) {
+  typedef uint8_t VecB __attribute__((vector_size(kLanes)));
+  VecB bytes{};
+  if (lanes == kLanes)
+    __builtin_memcpy(&bytes, p, kLanes);
+  else
+    __builtin_memcpy(&bytes, p, lanes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, VecI), Vec);
+}
+
+// Sources of a row of pixels: where the points of a smooth displacement lie, and how much of each a pixel takes (cubic
+// B-splines on a grid of kKnot pixels).
+class Warp {
+ public:
+  Warp(const Augmentation& a, Draws draws) : of_(a), elastic_(a.elastic > 0) {
+    const float turn = draws.within(a.rotate) * 0.017453292519943295f;
+    const float zoom = 1 / (1 + draws.within(a.scale));
+    cos_ = __builtin_cosf(turn) * zoom;
+    sin_ = __builtin_sinf(turn) * zoom;
+    dx_ = draws.within(a.shift);
+    dy_ = draws.within(a.shift);
+    if (!elastic_) return;
+    // A uniform number on [-b, b] has deviation b / sqrt(3), and a pixel takes sums of 16 with weights whose squares
+    // add up to 0.23 on average.
+    const float bound = a.elastic * 1.7320508f / 0.48f;
+    for (auto& grid : grid_)
+      for (float& point : grid) point = draws.within(bound);
+  }
+
+  // Source coordinates [width] of output row y, in pixels.
+  void row(int64_t y, float* at_x, float* at_y) const {
+    const float center_x = 0.5f * static_cast<float>(of_.width - 1),
+                center_y = 0.5f * static_cast<float>(of_.height - 1);
+    const float v = static_cast<float>(y) - center_y;
+    for (int64_t x = 0; x < of_.width; ++x) {
+      const float u = static_cast<float>(x) - center_x;
+      at_x[x] = cos_ * u + sin_ * v + center_x - dx_;
+      at_y[x] = cos_ * v - sin_ * u + center_y - dy_;
+    }
+    if (!elastic_) return;
+    float down[4], across[4], blend[2][kPoints];
+    const int64_t top = taps(y, of_.height, down);
+    for (int g = 0; g < 2; ++g)
+      for (int i = 0; i < kPoints; ++i) {
+        blend[g][i] = 0;
+        for (int t = 0; t < 4; ++t) blend[g][i] += down[t] * grid_[g][(top + t) * kPoints + i];
+      }
+    for (int64_t x = 0; x < of_.width; ++x) {
+      const int64_t left = taps(x, of_.width, across);
+      for (int t = 0; t < 4; ++t) {
+        at_x[x] += across[t] * blend[0][left + t];
+        at_y[x] += across[t] * blend[1][left + t];
+      }
+    }
+  }
+
+ private:
+  static constexpr int kCells = 4, kPoints = kCells + 3;  // of the grid, in each direction
+
+  // The first of the four points around pixel i of n, and their weights.
+  static int64_t taps(int64_t i, int64_t n, float (&w)[4]) {
+    const float at = (static_cast<float>(i) + 0.5f) * kCells / static_cast<float>(n);
+    const int64_t cell = smaller(static_cast<int64_t>(at), kCells - 1);
+    const float t = at - static_cast<float>(cell), s = 1 - t;
+    w[0] = s * s * s / 6;
+    w[1] = (3 * t * t * t - 6 * t * t + 4) / 6;
+    w[2] = (3 * s * s * s - 6 * s * s + 4) / 6;
+    w[3] = t * t * t / 6;
+    return cell;
+  }
+
+  const Augmentation& of_;
+  bool elastic_;
+  float cos_, sin_, dx_, dy_;
+  float grid_[2][kPoints * kPoints];
+};
+
+// Floats of working memory that sample_row needs.
+inline int64_t sample_scratch(const Augmentation* a) {
+  return a ? (a->height + 3) * (a->width + 3) + 2 * (a->width + kLanes) + kLanes : 0;
+}
+
+// An image as `warp` moves it, sampled bilinearly; beyond its edge it is `fill`.
+template <class T>
+void warp_image(const Augmentation& a, const Warp& warp, const T* image, float* out, float* scratch) {
+  const int64_t stride = a.width + 3, plane = a.height * a.width;
+  float *at_x = scratch, *at_y = at_x + a.width + kLanes, *padded = at_y + a.width + kLanes;
+  const float last_x = static_cast<float>(a.width), last_y = static_cast<float>(a.height);
+  for (int64_t c = 0; c < a.channels; ++c) {
+    for (int64_t i = 0; i < (a.height + 3) * stride; ++i) padded[i] = a.fill;
+    for (int64_t y = 0; y < a.height; ++y)
+      for_lanes(a.width, [&](int64_t x, int lanes) {
+        store_lanes(padded + (y + 1) * stride + 1 + x, load_stored(image + c * plane + y * a.width + x, lanes), lanes);
+      });
+    for (int64_t y = 0; y < a.height; ++y) {
+      warp.row(y, at_x, at_y);
+      for_lanes(a.width, [&](int64_t x, int lanes) {
+        // From the padding's corner; what lies further out than it is as good as on it.
+        const Vec u = min(broadcast(last_x), max(broadcast(-1.0f), load_lanes(at_x + x, lanes))) + 1.0f;
+        const Vec v = min(broadcast(last_y), max(broadcast(-1.0f), load_lanes(at_y + x, lanes))) + 1.0f;
+        const VecI left = __builtin_convertvector(u, VecI), top = __builtin_convertvector(v, VecI);
+        const Vec right_share = u - __builtin_convertvector(left, Vec);
+        const Vec low_share = v - __builtin_convertvector(top, Vec);
+        const VecI index = top * static_cast<int32_t>(stride) + left;
+        const float* below = padded + stride;
+        const Vec a0 = gather(padded, index), a1 = gather(padded + 1, index);
+        const Vec b0 = gather(below, index), b1 = gather(below + 1, index);
+        const Vec upper = fma(a1 - a0, right_share, a0), lower = fma(b1 - b0, right_share, b0);
+        store_lanes(out + c * plane + y * a.width + x, fma(lower - upper, low_share, upper), lanes);
+      });
+    }
+  }
+}
+
+// Sample order[position] of the arguments, as the network sees it: out [features].
+template <class T>
+void sample_row(const MlpTrainArgs& args, int64_t position, float* out, float* scratch) {
+  const T* stored = static_cast<const T*>(args.x) + args.order[position] * args.features;
+  const float* from = nullptr;
+  if (args.augmentation) {
+    const uint64_t which = args.first_step * static_cast<uint64_t>(args.batch) + static_cast<uint64_t>(position);
+    warp_image(*args.augmentation, Warp(*args.augmentation, Draws(args.seed, which)), stored, out, scratch);
+    from = out;
+  }
+  for_lanes(args.features, [&](int64_t i, int lanes) {
+    Vec v = from ? load_lanes(from + i, lanes) : load_stored(stored + i, lanes);
+    if (args.scale) v = fma(v, load_lanes(args.scale + i, lanes), load_lanes(args.shift + i, lanes));
+    store_lanes(out + i, v, lanes);
+  });
+}
+
+inline void sample_row(const MlpTrainArgs& args, int64_t position, float* out, float* scratch) {
+  if (args.bytes)
+    sample_row<uint8_t>(args, position, out, scratch);
+  else
+    sample_row<float>(args, position, out, scratch);
+}
+
+}  // namespace bmf::BMF_ISA
