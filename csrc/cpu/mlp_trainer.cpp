@@ -125,20 +125,25 @@ class Steps {
   // ---- forward ----
 
   void read_batch(Team& team) {
-    const int64_t features = args_.features;
-    team.run(ceil_div(m_, kLanes), [&](int64_t group, int thread) {
+    const int64_t features = args_.features, groups = ceil_div(m_, kLanes);
+    // A few samples are shared out by features, unless each image has to be distorted as a whole.
+    int64_t chunk = features;
+    if (!args_.augmentation && team.count() > 1 && groups < kTasksPerThread * team.count())
+      chunk = round_up(ceil_div(features * groups, kTasksPerThread * team.count()), 4 * kPanel);
+    const int64_t chunks = ceil_div(features, chunk);
+    team.run(groups * chunks, [&](int64_t task, int thread) {
       float *rows = rows_of(thread), *scratch = rows + round_up(kLanes * row_floats_, 16);
-      const int64_t first = group * kLanes, count = smaller(kLanes, m_ - first);
+      const int64_t first = task / chunks * kLanes, count = smaller(kLanes, m_ - first);
+      const int64_t begin = task % chunks * chunk, end = smaller(begin + chunk, features);
       for (int64_t s = 0; s < kLanes; ++s) {
         float* row = rows + s * row_floats_;
         if (s < count)
-          sample_row(args_, first_ + first + s, row, scratch);
+          sample_row(args_, first_ + first + s, begin, end, row, scratch);
         else
-          for_lanes(features, [&](int64_t i, int) { store(row + i, Vec{}); });
-        // Whole registers are read below.
-        for (int64_t i = features; i < round_up(features, kLanes); ++i) row[i] = 0;
+          for_lanes(end - begin, [&](int64_t i, int) { store(row + begin + i, Vec{}); });
+        for (int64_t i = end; i < round_up(end, kLanes); ++i) row[i] = 0;  // whole registers are read below
       }
-      for (int64_t f = 0; f < features; f += kLanes) {
+      for (int64_t f = begin; f < end; f += kLanes) {
         Vec square[kLanes];
         for (int s = 0; s < kLanes; ++s) square[s] = load(rows + s * row_floats_ + f);
         store_square(0, f, features - f, first, square);
@@ -421,6 +426,7 @@ class Steps {
     const MlpLayer& of = layer(l);
     const int64_t sample_units = most_panels_ * kPanel / Mode::kPerUnit;
     const int cols = static_cast<int>(smaller(kPanel, of.in - panel * kPanel));
+    for (int64_t r = 0; r < rows; ++r) prefetch(of.weight, (row + r) * of.in + panel * kPanel, cols);
     multiply(at(l).rows + row * row_stride_, row_stride_ * 4, at(l).columns + panel * sample_units * kPanel,
              units_of<Mode>(m_), rows, cols, tile);
     for (int64_t r = 0; r < rows; ++r)
@@ -466,7 +472,8 @@ void mlp_input(const MlpInputArgs& args, const Threads& threads) {
   const MlpTrainArgs& of = *args.of;
   parallel_ranges(threads, of.count, row_grain(of.features), [&](int64_t begin, int64_t end, int) {
     const Scratch scratch(static_cast<size_t>(sample_scratch(of.augmentation)) * 4);
-    for (int64_t i = begin; i < end; ++i) sample_row(of, i, args.out + i * of.features, scratch.at<float>(0));
+    for (int64_t i = begin; i < end; ++i)
+      sample_row(of, i, 0, of.features, args.out + i * of.features, scratch.at<float>(0));
   });
 }
 

@@ -38,13 +38,22 @@ BMF_INLINE Vec gather(const float* p, VecI index) {
 
 BMF_INLINE Vec load_stored(const float* p, int lanes) { return load_lanes(p, lanes); }
 BMF_INLINE Vec load_stored(const uint8_t* p, int lanes) {
-  typedef uint8_t VecB __attribute__((vector_size(kLanes)));
-  VecB bytes{};
-  if (lanes == kLanes)
-    __builtin_memcpy(&bytes, p, kLanes);
-  else
-    __builtin_memcpy(&bytes, p, lanes);
-  return __builtin_convertvector(__builtin_convertvector(bytes, VecI), Vec);
+  alignas(16) uint8_t some[kLanes] = {};
+  if (lanes < kLanes) {
+    __builtin_memcpy(some, p, lanes);
+    p = some;
+  }
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return reinterpret_cast<Vec>(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return reinterpret_cast<Vec>(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = static_cast<float>(p[i]);
+  return v;
+#endif
 }
 
 // Sources of a row of pixels: where the points of a smooth displacement lie, and how much of each a pixel takes (cubic
@@ -151,28 +160,34 @@ void warp_image(const Augmentation& a, const Warp& warp, const T* image, float* 
   }
 }
 
-// Sample order[position] of the arguments, as the network sees it: out [features].
+// Features [begin, end) of the sample order[position], as the network sees them, to out[begin ..]. An image that is
+// distorted comes whole only.
 template <class T>
-void sample_row(const MlpTrainArgs& args, int64_t position, float* out, float* scratch) {
+void sample_row(const MlpTrainArgs& args, int64_t position, int64_t begin, int64_t end, float* out, float* scratch) {
   const T* stored = static_cast<const T*>(args.x) + args.order[position] * args.features;
-  const float* from = nullptr;
-  if (args.augmentation) {
+  const bool warped = args.augmentation != nullptr;
+  if (warped) {
     const uint64_t which = args.first_step * static_cast<uint64_t>(args.batch) + static_cast<uint64_t>(position);
     warp_image(*args.augmentation, Warp(*args.augmentation, Draws(args.seed, which)), stored, out, scratch);
-    from = out;
   }
-  for_lanes(args.features, [&](int64_t i, int lanes) {
-    Vec v = from ? load_lanes(from + i, lanes) : load_stored(stored + i, lanes);
+  if (position + args.batch < args.count) {  // the sample in the same place of the next batch lies anywhere in memory
+    const T* next = static_cast<const T*>(args.x) + args.order[position + args.batch] * args.features;
+    for (int64_t i = begin; i < end; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(next + i, 0, 2);
+  }
+  for_lanes(end - begin, [&](int64_t i, int lanes) {
+    i += begin;
+    Vec v = warped ? load_lanes(out + i, lanes) : load_stored(stored + i, lanes);
     if (args.scale) v = fma(v, load_lanes(args.scale + i, lanes), load_lanes(args.shift + i, lanes));
     store_lanes(out + i, v, lanes);
   });
 }
 
-inline void sample_row(const MlpTrainArgs& args, int64_t position, float* out, float* scratch) {
+inline void sample_row(const MlpTrainArgs& args, int64_t position, int64_t begin, int64_t end, float* out,
+                       float* scratch) {
   if (args.bytes)
-    sample_row<uint8_t>(args, position, out, scratch);
+    sample_row<uint8_t>(args, position, begin, end, out, scratch);
   else
-    sample_row<float>(args, position, out, scratch);
+    sample_row<float>(args, position, begin, end, out, scratch);
 }
 
 }  // namespace bmf::BMF_ISA

@@ -35,6 +35,13 @@ inline UpdateFactors update_factors(const TrainedTensor& t, const GroupOptions& 
   return f;
 }
 
+// What update() is about to read: another thread may have it, and rows of a matrix lie too far apart to be foreseen.
+inline void prefetch(const TrainedTensor& t, int64_t at, int64_t n) {
+  const float* const arrays[] = {t.p, t.m, t.v};
+  for (const float* of : arrays)
+    for (int64_t i = 0; of && i < n; i += 16) __builtin_prefetch(of + at + i, 1, 3);
+}
+
 // Elements [at, at + n) of t, with gradients g[n].
 inline void update(const TrainedTensor& t, const UpdateFactors& f, int64_t at, const float* g, int64_t n) {
   float *p = t.p + at, *m = t.m + at, *v = t.v + at;
