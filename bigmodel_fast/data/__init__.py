@@ -2,7 +2,7 @@
 
 from .arrays import ArrayLoader, Augment
 from .corpus import DataError, find_documents
-from .images import Images, read_idx
+from .images import ImageLoader, Images, read_idx
 from .loader import Batches
 from .tokenizer import Tokenizer
 from .tokens import TokenFiles, prepare
@@ -12,6 +12,7 @@ __all__ = [
     "Augment",
     "Batches",
     "DataError",
+    "ImageLoader",
     "Images",
     "TokenFiles",
     "Tokenizer",

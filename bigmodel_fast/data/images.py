@@ -126,18 +126,9 @@ class Images(torch.utils.data.Dataset):
         loader = self.loader(1)
         return loader.inputs(torch.tensor([range(len(self))[index]]))[0], int(self.labels[index])
 
-    def loader(self, batch_size: int, *, shuffle: bool = False, augment: Augment | None = None, **how: Any) -> ArrayLoader:
-        """Batches of them, in place of a DataLoader; see ArrayLoader."""
-        return ArrayLoader(
-            self.pixels,
-            self.labels,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            mean=self.mean,
-            std=self.std,
-            augment=augment,
-            **how,
-        )
+    def loader(self, batch_size: int, **how: Any) -> "ImageLoader":
+        """Batches of them; `how` is ImageLoader's."""
+        return ImageLoader(self, batch_size, **how)
 
     def _part(self, split: str) -> "Images":
         if split == "all":
@@ -148,6 +139,36 @@ class Images(torch.utils.data.Dataset):
             raise DataError(f"{self.source}: {len(self)} images are too few to keep some for split {split!r}")
         chosen = order[keep].sort().values
         return Images(self.pixels[chosen], self.labels[chosen], self.classes, self.mean, self.std, self.source)
+
+
+class ImageLoader(ArrayLoader):
+    """In place of torch.utils.data.DataLoader(dataset, batch_size, shuffle), for datasets whose images fit in memory.
+
+    Args:
+        dataset: anything Images.load takes; a torchvision dataset's ToTensor and Normalize are applied batch by batch.
+        augment: distort images; see Augment.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int = 1,
+        shuffle: bool = False,
+        *,
+        drop_last: bool = False,
+        augment: Augment | None = None,
+    ):
+        self.images = Images.load(dataset)
+        super().__init__(
+            self.images.pixels,
+            self.images.labels,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            mean=self.images.mean,
+            std=self.images.std,
+            augment=augment,
+        )
 
 
 def _digits() -> Images:

@@ -50,6 +50,7 @@ class Steps {
         team_count_(team_count()),
         memory_(place(nullptr)) {
     place(memory_.at<char>(0));
+    for (int t = 0; args_.augmentation && t < team_count_; ++t) warp_of(t).prepare(*args_.augmentation);
   }
 
   void run() {
@@ -104,7 +105,7 @@ class Steps {
     pack_stride_ = most_units + 16;
     row_floats_ = round_up(args_.features, 2 * kLanes) + kLanes;
     thread_floats_ = round_up(kMostRows * (kPanel + pack_stride_), 16) + round_up(kLanes * row_floats_, 16) +
-                     round_up(sample_scratch(args_.augmentation), 16);
+                     round_up(WarpMemory::floats(args_.augmentation), 16);
     per_thread_ = take(thread_floats_ * team_count_);
     return used;
   }
@@ -112,6 +113,9 @@ class Steps {
   float* pack_of(int thread) const { return tile_of(thread) + kMostRows * kPanel; }   // [kMostRows][pack_stride_]
   float* rows_of(int thread) const {                                                  // [kLanes][row_floats_]
     return tile_of(thread) + round_up(kMostRows * (kPanel + pack_stride_), 16);
+  }
+  WarpMemory warp_of(int thread) const {
+    return {args_.augmentation, rows_of(thread) + round_up(kLanes * row_floats_, 16)};
   }
 
   int team_count() const {
@@ -132,13 +136,14 @@ class Steps {
       chunk = round_up(ceil_div(features * groups, kTasksPerThread * team.count()), 4 * kPanel);
     const int64_t chunks = ceil_div(features, chunk);
     team.run(groups * chunks, [&](int64_t task, int thread) {
-      float *rows = rows_of(thread), *scratch = rows + round_up(kLanes * row_floats_, 16);
+      float* rows = rows_of(thread);
+      const WarpMemory warp = warp_of(thread);
       const int64_t first = task / chunks * kLanes, count = smaller(kLanes, m_ - first);
       const int64_t begin = task % chunks * chunk, end = smaller(begin + chunk, features);
       for (int64_t s = 0; s < kLanes; ++s) {
         float* row = rows + s * row_floats_;
         if (s < count)
-          sample_row(args_, first_ + first + s, begin, end, row, scratch);
+          sample_row(args_, first_ + first + s, begin, end, row, warp);
         else
           for_lanes(end - begin, [&](int64_t i, int) { store(row + begin + i, Vec{}); });
         for (int64_t i = end; i < round_up(end, kLanes); ++i) row[i] = 0;  // whole registers are read below
@@ -471,9 +476,10 @@ void mlp_train(const MlpTrainArgs& args, const Threads& threads) {
 void mlp_input(const MlpInputArgs& args, const Threads& threads) {
   const MlpTrainArgs& of = *args.of;
   parallel_ranges(threads, of.count, row_grain(of.features), [&](int64_t begin, int64_t end, int) {
-    const Scratch scratch(static_cast<size_t>(sample_scratch(of.augmentation)) * 4);
-    for (int64_t i = begin; i < end; ++i)
-      sample_row(of, i, 0, of.features, args.out + i * of.features, scratch.at<float>(0));
+    const Scratch scratch(static_cast<size_t>(WarpMemory::floats(of.augmentation)) * 4);
+    const WarpMemory memory(of.augmentation, scratch.at<float>(0));
+    if (of.augmentation) memory.prepare(*of.augmentation);
+    for (int64_t i = begin; i < end; ++i) sample_row(of, i, 0, of.features, args.out + i * of.features, memory);
   });
 }
 

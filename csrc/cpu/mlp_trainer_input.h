@@ -56,8 +56,46 @@ BMF_INLINE Vec load_stored(const uint8_t* p, int lanes) {
 #endif
 }
 
-// Sources of a row of pixels: where the points of a smooth displacement lie, and how much of each a pixel takes (cubic
-// B-splines on a grid of kKnot pixels).
+// A smooth displacement is a grid of points, of which pixel i of n takes four in each direction (cubic B-splines).
+constexpr int kCells = 4, kPoints = kCells + 3;
+
+inline void knot_weights(int64_t i, int64_t n, float* w, int64_t stride) {  // of all points: w[point * stride]
+  const float at = (static_cast<float>(i) + 0.5f) * kCells / static_cast<float>(n);
+  const int64_t cell = smaller(static_cast<int64_t>(at), kCells - 1);
+  const float t = at - static_cast<float>(cell), s = 1 - t;
+  for (int64_t k = 0; k < kPoints; ++k) w[k * stride] = 0;
+  w[cell * stride] = s * s * s / 6;
+  w[(cell + 1) * stride] = (3 * t * t * t - 6 * t * t + 4) / 6;
+  w[(cell + 2) * stride] = (3 * s * s * s - 6 * s * s + 4) / 6;
+  w[(cell + 3) * stride] = t * t * t / 6;
+}
+
+// What a thread needs to distort images of one size; made once, in memory of `floats` floats.
+struct WarpMemory {
+  static int64_t floats(const Augmentation* a) {
+    return a ? row(*a) * (2 + kPoints) + a->height * kPoints + (a->height + 3) * (a->width + 3) + kLanes : 0;
+  }
+  static int64_t row(const Augmentation& a) { return a.width + kLanes; }
+
+  WarpMemory(const Augmentation* a, float* at)
+      : at_x(at),
+        at_y(a ? at_x + row(*a) : at),
+        across(a ? at_y + row(*a) : at),
+        down(a ? across + kPoints * row(*a) : at),
+        padded(a ? down + a->height * kPoints : at) {}
+  void prepare(const Augmentation& a) const {
+    for (int64_t i = 0; i < kPoints * row(a); ++i) across[i] = 0;
+    for (int64_t x = 0; x < a.width; ++x) knot_weights(x, a.width, across + x, row(a));
+    for (int64_t y = 0; y < a.height; ++y) knot_weights(y, a.height, down + y * kPoints, 1);
+  }
+
+  float *at_x, *at_y;  // sources of a row of pixels
+  float* across;       // [kPoints][row]: what pixels take of each point
+  float* down;         // [height][kPoints]
+  float* padded;       // [height + 3][width + 3]: an image with its surroundings
+};
+
+// Where the pixels of one sample come from.
 class Warp {
  public:
   Warp(const Augmentation& a, Draws draws) : of_(a), elastic_(a.elastic > 0) {
@@ -65,6 +103,8 @@ class Warp {
     const float zoom = 1 / (1 + draws.within(a.scale));
     cos_ = __builtin_cosf(turn) * zoom;
     sin_ = __builtin_sinf(turn) * zoom;
+    center_x_ = 0.5f * static_cast<float>(a.width - 1);
+    center_y_ = 0.5f * static_cast<float>(a.height - 1);
     dx_ = draws.within(a.shift);
     dy_ = draws.within(a.shift);
     if (!elastic_) return;
@@ -75,64 +115,41 @@ class Warp {
       for (float& point : grid) point = draws.within(bound);
   }
 
-  // Source coordinates [width] of output row y, in pixels.
-  void row(int64_t y, float* at_x, float* at_y) const {
-    const float center_x = 0.5f * static_cast<float>(of_.width - 1),
-                center_y = 0.5f * static_cast<float>(of_.height - 1);
-    const float v = static_cast<float>(y) - center_y;
-    for (int64_t x = 0; x < of_.width; ++x) {
-      const float u = static_cast<float>(x) - center_x;
-      at_x[x] = cos_ * u + sin_ * v + center_x - dx_;
-      at_y[x] = cos_ * v - sin_ * u + center_y - dy_;
-    }
-    if (!elastic_) return;
-    float down[4], across[4], blend[2][kPoints];
-    const int64_t top = taps(y, of_.height, down);
-    for (int g = 0; g < 2; ++g)
-      for (int i = 0; i < kPoints; ++i) {
-        blend[g][i] = 0;
-        for (int t = 0; t < 4; ++t) blend[g][i] += down[t] * grid_[g][(top + t) * kPoints + i];
+  // Source coordinates of output row y, in pixels.
+  void row(int64_t y, const WarpMemory& memory) const {
+    const float v = static_cast<float>(y) - center_y_;
+    const float from_x = sin_ * v + center_x_ - dx_, from_y = cos_ * v + center_y_ - dy_;
+    float blend[2][kPoints] = {};
+    for (int g = 0; elastic_ && g < 2; ++g)
+      for (int i = 0; i < kPoints; ++i)
+        for (int k = 0; k < kPoints; ++k) blend[g][i] += memory.down[y * kPoints + k] * grid_[g][k * kPoints + i];
+    Vec lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<float>(i);
+    for_lanes(of_.width, [&](int64_t x, int) {
+      const Vec u = lane + (static_cast<float>(x) - center_x_);
+      Vec at_x = fma(u, broadcast(cos_), broadcast(from_x)), at_y = fma(u, broadcast(-sin_), broadcast(from_y));
+      for (int i = 0; elastic_ && i < kPoints; ++i) {
+        const Vec share = load(memory.across + i * WarpMemory::row(of_) + x);
+        at_x = fma(share, broadcast(blend[0][i]), at_x);
+        at_y = fma(share, broadcast(blend[1][i]), at_y);
       }
-    for (int64_t x = 0; x < of_.width; ++x) {
-      const int64_t left = taps(x, of_.width, across);
-      for (int t = 0; t < 4; ++t) {
-        at_x[x] += across[t] * blend[0][left + t];
-        at_y[x] += across[t] * blend[1][left + t];
-      }
-    }
+      store(memory.at_x + x, at_x);
+      store(memory.at_y + x, at_y);
+    });
   }
 
  private:
-  static constexpr int kCells = 4, kPoints = kCells + 3;  // of the grid, in each direction
-
-  // The first of the four points around pixel i of n, and their weights.
-  static int64_t taps(int64_t i, int64_t n, float (&w)[4]) {
-    const float at = (static_cast<float>(i) + 0.5f) * kCells / static_cast<float>(n);
-    const int64_t cell = smaller(static_cast<int64_t>(at), kCells - 1);
-    const float t = at - static_cast<float>(cell), s = 1 - t;
-    w[0] = s * s * s / 6;
-    w[1] = (3 * t * t * t - 6 * t * t + 4) / 6;
-    w[2] = (3 * s * s * s - 6 * s * s + 4) / 6;
-    w[3] = t * t * t / 6;
-    return cell;
-  }
-
   const Augmentation& of_;
   bool elastic_;
-  float cos_, sin_, dx_, dy_;
+  float cos_, sin_, center_x_, center_y_, dx_, dy_;
   float grid_[2][kPoints * kPoints];
 };
 
-// Floats of working memory that sample_row needs.
-inline int64_t sample_scratch(const Augmentation* a) {
-  return a ? (a->height + 3) * (a->width + 3) + 2 * (a->width + kLanes) + kLanes : 0;
-}
-
 // An image as `warp` moves it, sampled bilinearly; beyond its edge it is `fill`.
 template <class T>
-void warp_image(const Augmentation& a, const Warp& warp, const T* image, float* out, float* scratch) {
+void warp_image(const Augmentation& a, const Warp& warp, const T* image, float* out, const WarpMemory& memory) {
   const int64_t stride = a.width + 3, plane = a.height * a.width;
-  float *at_x = scratch, *at_y = at_x + a.width + kLanes, *padded = at_y + a.width + kLanes;
+  float* padded = memory.padded;
   const float last_x = static_cast<float>(a.width), last_y = static_cast<float>(a.height);
   for (int64_t c = 0; c < a.channels; ++c) {
     for (int64_t i = 0; i < (a.height + 3) * stride; ++i) padded[i] = a.fill;
@@ -141,11 +158,11 @@ void warp_image(const Augmentation& a, const Warp& warp, const T* image, float* 
         store_lanes(padded + (y + 1) * stride + 1 + x, load_stored(image + c * plane + y * a.width + x, lanes), lanes);
       });
     for (int64_t y = 0; y < a.height; ++y) {
-      warp.row(y, at_x, at_y);
+      warp.row(y, memory);
       for_lanes(a.width, [&](int64_t x, int lanes) {
         // From the padding's corner; what lies further out than it is as good as on it.
-        const Vec u = min(broadcast(last_x), max(broadcast(-1.0f), load_lanes(at_x + x, lanes))) + 1.0f;
-        const Vec v = min(broadcast(last_y), max(broadcast(-1.0f), load_lanes(at_y + x, lanes))) + 1.0f;
+        const Vec u = min(broadcast(last_x), max(broadcast(-1.0f), load(memory.at_x + x))) + 1.0f;
+        const Vec v = min(broadcast(last_y), max(broadcast(-1.0f), load(memory.at_y + x))) + 1.0f;
         const VecI left = __builtin_convertvector(u, VecI), top = __builtin_convertvector(v, VecI);
         const Vec right_share = u - __builtin_convertvector(left, Vec);
         const Vec low_share = v - __builtin_convertvector(top, Vec);
@@ -163,12 +180,13 @@ void warp_image(const Augmentation& a, const Warp& warp, const T* image, float* 
 // Features [begin, end) of the sample order[position], as the network sees them, to out[begin ..]. An image that is
 // distorted comes whole only.
 template <class T>
-void sample_row(const MlpTrainArgs& args, int64_t position, int64_t begin, int64_t end, float* out, float* scratch) {
+void sample_row(const MlpTrainArgs& args, int64_t position, int64_t begin, int64_t end, float* out,
+                const WarpMemory& memory) {
   const T* stored = static_cast<const T*>(args.x) + args.order[position] * args.features;
   const bool warped = args.augmentation != nullptr;
   if (warped) {
     const uint64_t which = args.first_step * static_cast<uint64_t>(args.batch) + static_cast<uint64_t>(position);
-    warp_image(*args.augmentation, Warp(*args.augmentation, Draws(args.seed, which)), stored, out, scratch);
+    warp_image(*args.augmentation, Warp(*args.augmentation, Draws(args.seed, which)), stored, out, memory);
   }
   if (position + args.batch < args.count) {  // the sample in the same place of the next batch lies anywhere in memory
     const T* next = static_cast<const T*>(args.x) + args.order[position + args.batch] * args.features;
@@ -183,11 +201,11 @@ void sample_row(const MlpTrainArgs& args, int64_t position, int64_t begin, int64
 }
 
 inline void sample_row(const MlpTrainArgs& args, int64_t position, int64_t begin, int64_t end, float* out,
-                       float* scratch) {
+                       const WarpMemory& memory) {
   if (args.bytes)
-    sample_row<uint8_t>(args, position, begin, end, out, scratch);
+    sample_row<uint8_t>(args, position, begin, end, out, memory);
   else
-    sample_row<float>(args, position, begin, end, out, scratch);
+    sample_row<float>(args, position, begin, end, out, memory);
 }
 
 }  // namespace bmf::BMF_ISA
