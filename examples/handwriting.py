@@ -2,9 +2,9 @@
 
     python examples/handwriting.py --data FOLDER [--epochs 10] [--seeds 3] [--versions plain,fast]
 
-FOLDER holds MNIST's four files, gzipped or not. `plain` and `fast` below differ in the two lines marked so. Each runs in
-a process of its own; the table has the time of an epoch, the time from the data on disk to the accuracy on the test set,
-that accuracy, and the most memory the process held.
+FOLDER holds MNIST's four files, gzipped or not. `plain` and `fast` below differ in the two lines marked so. Each runs
+in a process of its own; the table has the time of an epoch, the time from the data on disk to the accuracy on the test
+set, that accuracy, and the most memory the process held.
 """
 
 import argparse
@@ -28,9 +28,7 @@ TRANSFORM = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5
 
 
 def network() -> nn.Module:
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
-    )
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 def train(model: nn.Module, loader: Any, loss_fn: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -104,7 +102,9 @@ def mnist_root(data: Path, root: Path) -> None:
     for name in NAMES:
         plain, zipped = data / f"{name}-ubyte", data / f"{name}-ubyte.gz"
         if not plain.is_file() and not zipped.is_file():
-            raise SystemExit(f"handwriting: {data} has no {plain.name} (or {zipped.name}); --data is a folder with MNIST")
+            raise SystemExit(
+                f"handwriting: {data} has no {plain.name} (or {zipped.name}); --data is a folder with MNIST"
+            )
         (raw / plain.name).write_bytes(plain.read_bytes() if plain.is_file() else gzip.decompress(zipped.read_bytes()))
 
 

@@ -67,7 +67,7 @@ def check_trajectory(model: MLP, make, loss: str) -> None:
     for step, picked in enumerate(order.split(BATCH)):
         trainer.epoch(loader, order=picked)
         for name, p in model.state_dict().items():
-            # Rounding differs, and later steps start from it: the size of the largest weight is what it is held against.
+            # Later steps start from what was rounded: the largest weight is what the error is held against.
             scale = max(1.0, numerics.largest(exact[step][name]))
             numerics.assert_close(
                 p, plain[step][name], exact[step][name], numerics.BACKWARD, f"step {step}, {name}", scale
@@ -351,7 +351,12 @@ def test_what_it_cannot_train_is_told_in_one_line(make, error: type, words: str)
     ("x", "y", "error", "words"),
     [
         (torch.zeros(3, 7), torch.zeros(3).long(), ValueError, "samples have 7 features, the model takes 21"),
-        (torch.zeros(3, 21), torch.tensor([0, 5, 1]), IndexError, "label 5 of sample 1 is out of range for a model of 5"),
+        (
+            torch.zeros(3, 21),
+            torch.tensor([0, 5, 1]),
+            IndexError,
+            "label 5 of sample 1 is out of range for a model of 5",
+        ),
         (torch.zeros(3, 21), torch.zeros(3), TypeError, "cross_entropy needs targets"),
     ],
 )

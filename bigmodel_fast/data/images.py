@@ -47,7 +47,9 @@ class Images(torch.utils.data.Dataset):
 
     def __post_init__(self) -> None:
         if self.pixels.dim() != 4 or self.pixels.numel() == 0:
-            raise DataError(f"{self.source}: pixels must be [N, channels, height, width], got {list(self.pixels.shape)}")
+            raise DataError(
+                f"{self.source}: pixels must be [N, channels, height, width], got {list(self.pixels.shape)}"
+            )
         if self.labels.dtype is not torch.int64 or self.labels.shape != self.pixels.shape[:1]:
             raise DataError(
                 f"{self.source}: {len(self.pixels)} images need as many int64 labels, "
@@ -207,7 +209,9 @@ def read_idx(path: Path) -> np.ndarray:
         raise DataError(
             f"{path}: {state}: {'x'.join(map(str, shape))} numbers take {expected} bytes, there are {len(data) - begin}"
         )
-    return np.frombuffer(bytearray(data), dtype, offset=begin).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
+    return (
+        np.frombuffer(bytearray(data), dtype, offset=begin).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
+    )
 
 
 def _from_idx(images: Path, labels: Path) -> Images:
@@ -239,7 +243,9 @@ def _from_folder(root: Path, split: str, size: int | None) -> Images:
         else:
             chosen = parts[split][:1]
         if not chosen:
-            raise DataError(f"{root}: no IDX file of images for split {split!r}; there are {', '.join(f.name for f in idx)}")
+            raise DataError(
+                f"{root}: no IDX file of images for split {split!r}; there are {', '.join(f.name for f in idx)}"
+            )
         found = [_from_idx(f, _labels_beside(f)) for f in chosen]
         if len(found) == 1:
             return found[0] if any(parts.values()) else found[0]._part(split)

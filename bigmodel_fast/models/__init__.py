@@ -2,5 +2,6 @@
 
 from .gpt import GPT, GPTConfig
 from .mlp import MLP
+from .vit import ViT, ViTConfig
 
-__all__ = ["GPT", "MLP", "GPTConfig"]
+__all__ = ["GPT", "MLP", "GPTConfig", "ViT", "ViTConfig"]

@@ -140,10 +140,14 @@ def dense_layers(model: torch.nn.Module) -> list[DenseLayer]:
         elif (activation := _activation_name(module)) is not None:
             last = layers[-1]
             if last.activation is not None or last.dropout is not None:
-                raise ValueError(f"an MLP has one activation after each Linear, before its Dropout; got another at {name}")
+                raise ValueError(
+                    f"an MLP has one activation after each Linear, before its Dropout; got another at {name}"
+                )
             layers[-1] = DenseLayer(last.name, last.linear, activation, None)
         else:
-            raise ValueError(f"an MLP is made of Linear, activations and Dropout, got {type(module).__name__} at {name}")
+            raise ValueError(
+                f"an MLP is made of Linear, activations and Dropout, got {type(module).__name__} at {name}"
+            )
     if not layers:
         raise ValueError(f"an MLP is a torch.nn.Sequential with a Linear in it, got {type(model).__name__}")
     return layers

@@ -131,7 +131,9 @@ class MLPTrainer:
         if order is None:
             order = loader.order()
         elif order.dtype is not torch.int64 or order.dim() != 1 or not len(order):
-            raise TypeError(f"MLPTrainer: order must be [any] int64 and not empty, got {order.dtype}{list(order.shape)}")
+            raise TypeError(
+                f"MLPTrainer: order must be [any] int64 and not empty, got {order.dtype}{list(order.shape)}"
+            )
         elif not 0 <= int(order.min()) <= int(order.max()) < len(loader.x):
             raise IndexError(f"MLPTrainer: order must hold samples in [0, {len(loader.x)}), got {int(order.max())}")
         order, batch = order.contiguous(), loader.batch_size
@@ -170,7 +172,7 @@ class MLPTrainer:
         if self.loss == "cross_entropy":
             if y.dtype is not torch.int64 or y.dim() != 1:
                 raise TypeError(f"MLPTrainer: cross_entropy needs targets [N] int64, got {y.dtype}{list(y.shape)}")
-            if not (0 <= int(y.min()) and int(y.max()) < outputs):
+            if not (int(y.min()) >= 0 and int(y.max()) < outputs):
                 at = int(((y < 0) | (y >= outputs)).nonzero()[0])
                 raise IndexError(
                     f"MLPTrainer: label {int(y[at])} of sample {at} is out of range for a model of {outputs} outputs"
@@ -213,7 +215,9 @@ class MLPTrainer:
                     )
                 held = group_of.get(p) if p.requires_grad else None
                 states = self._states(p, held)
-                job.set_parameter(i, name == "bias", p.data_ptr(), *states, 0 if held is None else held, self._steps_of(p))
+                job.set_parameter(
+                    i, name == "bias", p.data_ptr(), *states, 0 if held is None else held, self._steps_of(p)
+                )
         return job
 
     def _states(self, p: Tensor, held: int | None) -> tuple[str, int, int, bool, bool, bool]:
