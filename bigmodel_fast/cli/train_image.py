@@ -5,9 +5,9 @@ import shlex
 from ..train.images import EpochEnd, ImageTrainConfig, ImageTrainer
 from .arguments import parse
 
-DESCRIPTION = """Trains a classifier on images: an MLP by the native engine, a ViT through this package's operators, or one
-of torchvision's. Without options it learns scikit-learn's handwritten digits in a second. Ctrl-C ends it; it can go on
-from the last whole epoch."""
+DESCRIPTION = """Trains a classifier on images: an MLP by the native engine, a ViT through this package's operators, or
+one of torchvision's. Without options it learns scikit-learn's handwritten digits in a second. Ctrl-C ends it; it can go
+on from the last whole epoch."""
 
 
 def run(argv: list[str]) -> int:
@@ -30,9 +30,8 @@ def run(argv: list[str]) -> int:
         return 0
     report, missed = trainer.report()
     print(report)
-    print(
-        f"{missed} of {len(trainer.test)} missed; in {config.out}: model.safetensors, report.json, confusion.png, mistakes.png"
-    )
+    print(f"{missed} of {len(trainer.test)} missed")
+    print(f"in {config.out}: model.safetensors, report.json, confusion.png, mistakes.png, metrics.jsonl")
     return 0
 
 

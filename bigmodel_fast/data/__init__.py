@@ -1,4 +1,4 @@
-"""What models learn from: text (files, tokenizers, token files), and images and other arrays; loaders of their batches."""
+"""What models learn from: text (files, tokenizers, token files), images and other arrays, and loaders of batches."""
 
 from .arrays import ArrayLoader, Augment
 from .corpus import DataError, find_documents

@@ -1,4 +1,4 @@
-"""Samples in memory, as bytes or floats, and a loader of their batches that the native trainer can read without a copy."""
+"""Samples in memory, as bytes or floats, and a loader of their batches that the native trainer reads in place."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -41,8 +41,8 @@ class Augment:
 
     def times(self, strength: float) -> "Augment":
         """The same distortions, weaker or stronger."""
-        amounts = (strength * a for a in (self.shift, self.rotate, self.scale, self.elastic))
-        return Augment(*amounts, fill=self.fill)
+        shift, rotate, scale, elastic = (strength * a for a in (self.shift, self.rotate, self.scale, self.elastic))
+        return Augment(shift, rotate, scale, elastic, self.fill)
 
     @property
     def is_nothing(self) -> bool:

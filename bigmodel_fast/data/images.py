@@ -5,7 +5,6 @@ A picture's numbers stay as they are stored (bytes, mostly); loaders normalise t
 
 import gzip
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,8 +72,8 @@ class Images(torch.utils.data.Dataset):
 
         Args:
             source: None: scikit-learn's 1,797 handwritten digits, 8 x 8. A path: an IDX file of images (its labels
-                beside it), a folder of IDX files, a folder with a folder of pictures for each class, or an .npz file with
-                images and labels. A torchvision dataset. A pair of arrays (images, labels).
+                beside it), a folder of IDX files, a folder with a folder of pictures for each class, or an .npz file
+                with images and labels. A torchvision dataset. A pair of arrays (images, labels).
             split: "train", "test" or "all". Sources that know no splits give every fifth image to "test".
             size: pictures of a folder are brought to size x size pixels. None: they must be of one size.
 
@@ -277,7 +276,7 @@ def _from_pictures(root: Path, size: int | None) -> Images:
     if len(used) < len(classes):
         empty = next(name for label, name in enumerate(classes) if label not in used)
         raise DataError(f"{root}: the folder of class {empty!r} has no pictures; fill or remove it")
-    pictures = []
+    pictures: list[Any] = []
     for file, _ in files:
         try:
             with Image.open(file) as opened:
@@ -318,9 +317,10 @@ def _from_torchvision(dataset: Any) -> Images:
     return Images.from_arrays(np.stack(pictures), [label for _, label in dataset.samples], **how)
 
 
-def _normalisation(transform: Any, name: str) -> tuple[Sequence[float], Sequence[float]]:
+def _normalisation(transform: Any, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std that ToTensor and Normalize, alone or in a Compose, amount to."""
-    mean, std = (0.0,), (1.0,)
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
     steps = getattr(transform, "transforms", [transform] if transform is not None else [])
     for step in steps:
         kind = type(step).__name__

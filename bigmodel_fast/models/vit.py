@@ -112,8 +112,9 @@ class Encoder(torch.nn.Module):
         super().__init__()
         self.pos_embedding = torch.nn.Parameter(torch.empty(1, config.tokens, config.width).normal_(std=0.02))
         self.dropout = torch.nn.Dropout(config.dropout)
-        named = OrderedDict((f"encoder_layer_{i}", Block(config)) for i in range(config.layers))
-        self.layers = torch.nn.Sequential(named)
+        self.layers = torch.nn.Sequential()
+        for i in range(config.layers):
+            self.layers.add_module(f"encoder_layer_{i}", Block(config))
         self.ln = nn.LayerNorm(config.width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:

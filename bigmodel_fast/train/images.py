@@ -1,7 +1,7 @@
 """Training of an image classifier: settings, the loop over epochs, checkpoints, the report on the test images.
 
-A run's folder holds config.yaml, metrics.jsonl (a line for each epoch), checkpoint/ (the last epoch's end), and at the end
-model.safetensors, report.json, confusion.png and mistakes.png.
+A run's folder holds config.yaml, metrics.jsonl (a line for each epoch), checkpoint/ (the last epoch's end), and at the
+end model.safetensors, report.json, confusion.png and mistakes.png.
 """
 
 import dataclasses
@@ -152,9 +152,9 @@ class ImageTrainConfig:
                 raise ConfigError(f"{key} must be {'more than 0' if key == 'lr' else '0 or more'}, got {value}")
         choices = {"dtype": ("auto", "bf16", "fp32"), "resume": ("never", "auto"), "mlp.activation": ACTIVATIONS}
         for key, allowed in choices.items():
-            value = self.mlp.activation if key == "mlp.activation" else getattr(self, key)
-            if value not in allowed:
-                raise ConfigError(f"{key} must be one of {', '.join(allowed)}, got {value}")
+            chosen = self.mlp.activation if key == "mlp.activation" else getattr(self, key)
+            if chosen not in allowed:
+                raise ConfigError(f"{key} must be one of {', '.join(allowed)}, got {chosen}")
         if self.model not in ("mlp", "vit") and not self.model.startswith("torchvision/"):
             raise ConfigError(f"model must be mlp, vit or torchvision/NAME, got {self.model}")
         if not 0 <= self.warmup < 1:
@@ -162,11 +162,10 @@ class ImageTrainConfig:
         if any(width < 1 for width in self.mlp.hidden):
             raise ConfigError(f"mlp.hidden must be positive widths, got {self.mlp.hidden}")
         try:
-            self.distortions
+            self.distortions()
         except ValueError as error:
             raise ConfigError(str(error).replace("Augment: ", "augment.")) from None
 
-    @property
     def distortions(self) -> Augment:
         a = self.augment
         return Augment(shift=a.shift, rotate=a.rotate, scale=a.scale, elastic=a.elastic)
@@ -283,7 +282,7 @@ class ImageTrainer:
         """Mean loss and accuracy; None if a signal came."""
         config = self.config
         fade = (config.epochs - 1 - self.epoch) / config.augment.fade if config.augment.fade else 1.0
-        self.loader.augment = config.distortions.times(min(1.0, fade))
+        self.loader.augment = config.distortions().times(min(1.0, fade))
         self.model.train()
         if config.model == "mlp":
             return self._train_native(stop)

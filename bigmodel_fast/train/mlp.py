@@ -47,18 +47,18 @@ class EpochResult:
 class MLPTrainer:
     """Trains an MLP as an eager PyTorch loop would, from forward to the optimizer's update, in native code.
 
-    The model's parameters and the optimizer's states are updated in place, and learning rates and the like are read from
-    the optimizer at each call: model and optimizer can be used, saved and trained on in torch at any time, and schedulers
-    work as ever. Results equal those of the eager loop but for rounding, given the same order of samples; they are the
-    same bits for any number of threads. Dropout draws other numbers than torch.
+    The model's parameters and the optimizer's states are updated in place, and learning rates and the like are read
+    from the optimizer at each call: model and optimizer can be used, saved and trained on in torch at any time, and
+    schedulers work as ever. Results equal those of the eager loop but for rounding, given the same order of samples;
+    they are the same bits for any number of threads. Dropout draws other numbers than torch.
 
     Args:
         model: an MLP, or a torch.nn.Sequential of Linear, activations and Dropout (models.mlp.dense_layers); contiguous
             float32 parameters on the CPU.
         loss: "cross_entropy" (targets are classes, [N] int64) or "mse" (values, [N, outputs] float32); means, as
             torch's.
-        optimizer: torch.optim.SGD, Adam or AdamW, or this library's, over the model's parameters. Those it does not hold
-            stay as they are.
+        optimizer: torch.optim.SGD, Adam or AdamW, or this library's, over the model's parameters. Those it does not
+            hold stay as they are.
         dtype: "fp32", or "bf16": products of bfloat16 operands, with float32 sums, parameters and states; on machines
             that do not multiply bfloat16 it computes as fp32.
 
@@ -119,8 +119,8 @@ class MLPTrainer:
 
         Raises:
             ValueError, TypeError, IndexError: samples, targets or an order that do not fit the model.
-            KeyboardInterrupt: after Ctrl-C, within about a twentieth of a second; model and optimizer are then those after
-                a whole number of steps.
+            KeyboardInterrupt: after Ctrl-C, within about a twentieth of a second; model and optimizer are then those
+                after a whole number of steps.
         """
         if not isinstance(loader, ArrayLoader):
             raise TypeError(f"MLPTrainer: loader must be a bigmodel_fast.data.ArrayLoader, got {type(loader).__name__}")
@@ -211,7 +211,8 @@ class MLPTrainer:
             for name, p in linear.named_parameters():
                 if p.dtype is not torch.float32 or p.device.type != "cpu" or not p.is_contiguous():
                     raise TypeError(
-                        f"MLPTrainer: {layer.name}.{name} must be contiguous float32 on the CPU, got {p.dtype} on {p.device}"
+                        f"MLPTrainer: {layer.name}.{name} must be contiguous float32 on the CPU, "
+                        f"got {p.dtype} on {p.device}"
                     )
                 held = group_of.get(p) if p.requires_grad else None
                 states = self._states(p, held)
@@ -254,7 +255,7 @@ class MLPTrainer:
                     pair, eps = group["betas"], group["eps"]
                 yield [float(group["lr"]), float(group["weight_decay"]), float(pair[0]), float(pair[1]), float(eps)]
             if scheduler is not None:
-                self.optimizer._opt_called = True  # type: ignore[attr-defined]  # it asks whether steps come first
+                setattr(self.optimizer, "_opt_called", True)  # noqa: B010  (schedulers ask whether steps come first)
                 scheduler.step()
 
     def _count_steps(self, steps: int) -> None:
