@@ -186,7 +186,8 @@ def test_frozen_parameters_stay_and_autograd_hears_of_the_others() -> None:
     model = network()
     model[0].weight.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
-    optimizer = SGD([{"params": [model[4].weight]}, {"params": [model[2].bias], "lr": 0.5}], lr=0.1)
+    frozen, free = [model[0].weight], [model[4].weight]  # held by the optimizer; the others are not
+    optimizer = SGD([{"params": frozen + free}, {"params": [model[2].bias], "lr": 0.5}], lr=0.1)
     versions = {name: p._version for name, p in model.named_parameters()}
     MLPTrainer(model, optimizer=optimizer).epoch(ArrayLoader(x, y))
     changed = {name for name, p in model.state_dict().items() if not torch.equal(p, before[name])}
