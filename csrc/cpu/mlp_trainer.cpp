@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kMostRows = 96, kLeastRows = 16;  // of a tile
 constexpr int64_t kTasksPerThread = 8;
-constexpr double kFlopWorthAThread = 1e6;  // of a step: some 10 us
+constexpr double kFlopWorthAThread = 4e6;  // of a step: some 40 us, beside half a us for each of its phases
 
 BMF_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
