@@ -9,6 +9,7 @@
 #include "core/isa.h"
 #include "core/packed_weights.h"
 #include "core/scratch.h"
+#include "mlp_trainer_module.h"
 
 namespace py = pybind11;
 
@@ -37,6 +38,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("data"), "End one hold of the memory that begins here.");
   m.def("packed_weights_bytes", &bmf::packed_weights_bytes, "Bytes of all packed copies of held weights.");
   m.attr("scratch_kept_limit") = bmf::kScratchKeptLimit;
+  bind_mlp_trainer(m);
   py::dict build;
   build["compiler"] = BMF_COMPILER;
   build["torch_built_with"] = BMF_TORCH_VERSION;

@@ -36,7 +36,7 @@ LAYERS = (
     "benchmarks",
     "cli",
 )
-SIDE_BY_SIDE = ({"models", "data", "optim"}, {"train", "benchmarks"})
+SIDE_BY_SIDE = ({"models", "data", "optim"},)
 CPP_MAY_INCLUDE = {
     "core": {"core"},
     "cpu": {"core", "cpu"},

@@ -9,6 +9,7 @@ import sys
 
 COMMANDS = {
     "pretrain": "train a GPT on text, from random weights",
+    "train-image": "train an image classifier, and report what it gets wrong",
     "generate": "continue a text with a trained GPT",
     "bench": "time the operators beside PyTorch's",
     "info": "this machine, this installation, and what they reach",
@@ -24,6 +25,9 @@ EXTRAS = {
     "yaml": "train",
     "tensorboard": "tensorboard",
     "pytest_benchmark": "bench",
+    "sklearn": "vision",
+    "torchvision": "vision",
+    "PIL": "vision",
 }
 
 
@@ -43,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bigmodel-fast: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        return importlib.import_module(f"{__name__}.{name}").run(rest)
+        return importlib.import_module(f"{__name__}.{name.replace('-', '_')}").run(rest)
     except KeyboardInterrupt:
         print(f"\nbigmodel-fast {name}: interrupted", file=sys.stderr)
         return 130

@@ -1,8 +1,22 @@
-"""Text to pretrain on: files, tokenizers, token files, and a loader whose position can be saved."""
+"""What models learn from: text (files, tokenizers, token files), images and other arrays, and loaders of batches."""
 
+from .arrays import ArrayLoader, Augment
 from .corpus import DataError, find_documents
+from .images import ImageLoader, Images, read_idx
 from .loader import Batches
 from .tokenizer import Tokenizer
 from .tokens import TokenFiles, prepare
 
-__all__ = ["Batches", "DataError", "TokenFiles", "Tokenizer", "find_documents", "prepare"]
+__all__ = [
+    "ArrayLoader",
+    "Augment",
+    "Batches",
+    "DataError",
+    "ImageLoader",
+    "Images",
+    "TokenFiles",
+    "Tokenizer",
+    "find_documents",
+    "prepare",
+    "read_idx",
+]

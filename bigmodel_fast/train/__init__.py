@@ -1,4 +1,4 @@
-"""Pretraining: the loop, its settings, checkpoints, metrics. Usable without the commands.
+"""Pretraining and image training: loops, settings, checkpoints, metrics. Usable without the commands.
 
 from bigmodel_fast.train import TrainConfig, pretrain
 pretrain(TrainConfig(data="my_texts", out="runs/mine", minutes=30))
@@ -7,8 +7,10 @@ pretrain(TrainConfig(data="my_texts", out="runs/mine", minutes=30))
 from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import ModelConfig, OptimConfig, TrainConfig
 from .errors import CheckpointError, ConfigError, TrainError
+from .images import ImageTrainConfig, ImageTrainer
 from .loop import Result, Trainer, pretrain
 from .metrics import MetricsLog, plot_losses, read_metrics
+from .mlp import EpochResult, MLPTrainer
 from .report import Evaluation, Reporter, Start, Step
 from .setup import pick_device, pick_dtype
 
@@ -16,7 +18,11 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
+    "EpochResult",
     "Evaluation",
+    "ImageTrainConfig",
+    "ImageTrainer",
+    "MLPTrainer",
     "MetricsLog",
     "ModelConfig",
     "OptimConfig",

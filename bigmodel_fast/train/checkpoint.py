@@ -95,10 +95,7 @@ def save_checkpoint(
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        _write(model.state_dict(), unfinished / MODEL)
-        names = _names(model, optimizer)
-        states = optimizer.state_dict()["state"]
-        _write({f"{names[i]}/{k}": v for i, s in states.items() for k, v in s.items()}, unfinished / OPTIMIZER)
+        write_tensors(model, optimizer, unfinished)
         tokenizer.save(unfinished / TOKENIZER)
         files = {f.name: {"bytes": f.stat().st_size, "sha256": _digest(f)} for f in sorted(unfinished.iterdir())}
         text = json.dumps({"format": FORMAT, "step": step, **state, "files": files}, indent=1)
@@ -116,6 +113,19 @@ def save_checkpoint(
     for path in older[keep - 1 :]:
         shutil.rmtree(path, ignore_errors=True)
     return final
+
+
+def write_model(model: torch.nn.Module, path: Path) -> None:
+    """The weights as one safetensors file."""
+    _write(model.state_dict(), path)
+
+
+def write_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Weights and states of the optimizer, as `Checkpoint.restore` reads them."""
+    write_model(model, folder / MODEL)
+    names = _names(model, optimizer)
+    states = optimizer.state_dict()["state"]
+    _write({f"{names[i]}/{k}": v for i, s in states.items() for k, v in s.items()}, folder / OPTIMIZER)
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
