@@ -111,5 +111,6 @@ BENCHMARK = StepBenchmark(
         case("vit_b_16 at 64x64", 32, B_16, quick=True),
         case("192 wide, 6 layers, 32x32", 64, {}),
     ),
+    cuda_cases=(case("vit_b_16", 128, {**B_16, "image": 224}, dtypes=("bf16",), quick=True),),
     tiny=case("tiny", 2, {"image": 8, "layers": 2, "heads": 2, "width": 16}),
 )

@@ -20,7 +20,7 @@ def packed_weights(parameters: Iterable[Tensor]) -> Iterator[None]:
 
     Worth it where products have few rows (micro-batches of some hundred tokens, generation) and the same weights come
     again. Takes as much memory as the weights in bfloat16 (under autocast), twice with a backward; it is given back at
-    the end. Results are the same bits, except for products of up to sixteen rows, which are summed in another order. CPU
+    the end. Results are the same bits, except for products of up to 16 rows, which are summed in another order. CPU
     only; tensors on other devices are passed over. Blocks may be nested.
 
     Args:

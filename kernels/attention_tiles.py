@@ -135,7 +135,7 @@ def alternatives(kernel: str, tiles: Tiles, dim: int) -> tuple[Tiles, ...]:
     if tiles.precision != "ieee":
         return ()
     made = []
-    if tiles.stages > 1 and kernel in ("forward", "decode") and columns_of(dim) <= 128:
+    if tiles.stages > 2 and kernel in ("forward", "decode") and columns_of(dim) <= 128:
         made.append(replace(tiles, stages=tiles.stages - 1))
     if tiles.keys > 32:
         made.append(replace(tiles, keys=tiles.keys // 2))

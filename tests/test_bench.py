@@ -95,7 +95,7 @@ def test_cases_have_names_of_their_own_and_some_are_quick(name: str) -> None:
         names = [case.name for case in (*cases, benchmark.tiny)]
         assert len(set(names)) == len(names)
         assert {OURS, EAGER} <= set(providers)
-        assert any(case.quick for case in cases)
+        assert any(case.quick for case in cases) or (device == "cuda" and not cases)
         assert all(set(case.compiled) <= set(case.dtypes) <= set(DTYPES) for case in cases)
         assert all({OURS, EAGER} <= set(case.providers or providers) <= set(providers) for case in cases)
 
