@@ -12,11 +12,13 @@ import torch
 import bigmodel_fast as bmf
 
 dropout = importlib.import_module("bigmodel_fast.ops.dropout")
+linear_cross_entropy = importlib.import_module("bigmodel_fast.ops.linear_cross_entropy")
 
 
 @pytest.fixture(autouse=True)
 def _as_started(monkeypatch):
     monkeypatch.setattr(dropout, "FEWEST_ELEMENTS", 0)
+    monkeypatch.setattr(linear_cross_entropy, "FEWEST_TOKENS", 0)
     isa, threads = bmf.cpu_isa(), torch.get_num_threads()
     yield
     bmf.cpu_isa(isa)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import bigmodel_fast as bmf
 from bigmodel_fast import ops
 from bigmodel_fast.ops.linear_cross_entropy import reference
 
@@ -32,6 +33,16 @@ def test_counts_the_targets_with_the_highest_logit(function, options):
     assert accuracy.item() == pytest.approx(expected.item(), abs=1e-6)
     assert accuracy.dtype == torch.float32
     assert accuracy.shape == ()
+
+
+def test_few_tokens_go_to_plain_torch_and_it_says_so(monkeypatch) -> None:
+    monkeypatch.undo()
+    x, weight, target = inputs(4, 9)
+    bmf.explain(reset=True)
+    ops.linear_cross_entropy(x[:3], weight, target[:3])
+    ops.linear_cross_entropy(x, weight, target)
+    calls = bmf.explain(reset=True).calls
+    assert [(c.path, c.reason) for c in calls] == [("native", ""), ("reference", "fewer than 4 tokens")]
 
 
 def test_has_no_gradient_and_leaves_the_loss_its_own():

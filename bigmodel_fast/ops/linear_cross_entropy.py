@@ -10,6 +10,8 @@ from ._autograd import positional
 from .cross_entropy import reference as cross_entropy_reference
 from .linear import reference as linear_reference
 
+FEWEST_TOKENS = 4  # on CPU, plain torch is done with fewer before weights are packed
+
 
 def reference(
     x: Tensor,
@@ -160,7 +162,10 @@ def linear_cross_entropy(
     _checks.loss_options(op, label_smoothing, softcap, reduction)
     _checks.targets(op, target, x, weight.shape[0], ignore_index)
     x, weight = _dense.operands(x, weight)
-    if not _dispatch.use_native(op, _dispatch.unsupported(x, weight, bias), x):
+    reason = _dispatch.unsupported(x, weight, bias)
+    if reason is None and x.is_cpu and target.numel() < FEWEST_TOKENS:
+        reason = f"fewer than {FEWEST_TOKENS} tokens"
+    if not _dispatch.use_native(op, reason, x):
         return reference(
             x,
             weight,

@@ -158,10 +158,10 @@ inline void dense_affine(const Threads& threads, const MatrixView<X>& x, const M
   dense_product<Mode>(threads, x, w, m, n, k, DenseEpilogue<Activation::none, X>{bias, out, nullptr, n});
 }
 
-// out[r][col + c] = sum over i < n of g[r][i] w[i][col + c] for c < cols <= kPanel and r < m; g in whole groups.
-template <class X, class W>
+// sums[r][c] = sum over i < n of g[r][i] w[i][col + c] for c < cols <= kPanel and r < m.
+template <class W>
 void multiply_few_rows_across(const FewRows& g, const MatrixView<W>& w, int64_t m, int64_t n, int64_t col, int64_t cols,
-                              X* out, int64_t stride) {
+                              float* sums) {
   constexpr int64_t kSummed = 256;  // rows of W in one sum: sums of blocks round off less than one long sum
   constexpr int kRowsAtOnce = 4;
   for (int64_t r = 0; r < m; r += kRowsAtOnce) {
@@ -190,25 +190,29 @@ void multiply_few_rows_across(const FewRows& g, const MatrixView<W>& w, int64_t 
         for (int v = 0; v < kPanelVecs; ++v) total[j][v] += acc[j][v];
     }
     for (int64_t j = 0; j < smaller(kRowsAtOnce, m - r); ++j)
-      for_lanes(cols, [&](int64_t c, int lanes) {
-        store_lanes(out + (r + j) * stride + col + c, total[j][c / kLanes], lanes);
-      });
+      for (int v = 0; v < kPanelVecs; ++v) store(sums + (r + j) * Tile::stride + v * kLanes, total[j][v]);
   }
+}
+
+// g W tile by tile, g [m, n] and W [n, k], as gemm() hands it to an epilogue.
+template <class Mode, class X, class W, class Epilogue>
+inline void dense_product_across(const Threads& threads, const MatrixView<X>& g, const MatrixView<W>& w, int64_t m,
+                                 int64_t n, int64_t k, const Epilogue& epilogue) {
+  if (m > kFewRows || weights_held(w.data)) return gemm<Mode>(threads, g, w, m, k, n, epilogue);
+  const FewRows rows(g, m, n);
+  parallel_tasks(threads, ceil_div(k, kPanel), [&](int64_t panel, int) {
+    float sums[kFewRows * Tile::stride];
+    const int64_t col = panel * kPanel;
+    multiply_few_rows_across(rows, w, m, n, col, smaller(kPanel, k - col), sums);
+    epilogue(Tile{0, m, panel, 1, sums});
+  });
 }
 
 // dx = g W.
 template <class Mode, class X, class W>
 inline void dense_dgrad(const Threads& threads, const MatrixView<X>& g, const MatrixView<W>& w, X* dx, int64_t m,
                         int64_t n, int64_t k) {
-  if (m <= kFewRows && !weights_held(w.data)) {
-    const FewRows rows(g, m, n);
-    parallel_tasks(threads, ceil_div(k, kPanel), [&](int64_t panel, int) {
-      const int64_t col = panel * kPanel;
-      multiply_few_rows_across(rows, w, m, n, col, smaller(kPanel, k - col), dx, k);
-    });
-    return;
-  }
-  gemm<Mode>(threads, g, w, m, k, n, StoreTile<X>{dx, k, k});
+  dense_product_across<Mode>(threads, g, w, m, n, k, StoreTile<X>{dx, k, k});
 }
 
 // sums[n] = the sum of `count` rows of partial sums, `stride` apart, in order.

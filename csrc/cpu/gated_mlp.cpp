@@ -82,7 +82,7 @@ void gated_mlp_backward(const GatedMlpBwdArgs& a, const Threads& threads) {
     const HiddenOperand<Mode, X> dgate(m, f, a.dx != nullptr, a.dw_gate != nullptr);
     const HiddenOperand<Mode, X> dup(m, f, a.dx != nullptr, a.dw_up != nullptr);
     with_activation(a.activation, [&](auto tag) {
-      gemm<Mode>(threads, dy, w_down, m, f, a.n, [&](const Tile& tile) {
+      dense_product_across<Mode>(threads, dy, w_down, m, a.n, f, [&](const Tile& tile) {
         for_row_pairs(tile, f, [&](int64_t row, int64_t col, int lanes, Vec dh0, Vec dh1) {
           Vec gate[2], up[2];
           load_pair(gate_in, m, f, row, col, lanes, gate);

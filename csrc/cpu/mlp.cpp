@@ -39,7 +39,7 @@ void mlp_backward(const MlpBwdArgs& a, const Threads& threads) {
     const HiddenOperand<Mode, X> h(m, f, false, a.dw2 != nullptr);
     const HiddenOperand<Mode, X> dpre(m, f, a.dx != nullptr, a.dw1 != nullptr, a.db1 != nullptr);
     with_activation(a.activation, [&](auto tag) {
-      gemm<Mode>(threads, dy, w2, m, f, a.n, [&](const Tile& tile) {
+      dense_product_across<Mode>(threads, dy, w2, m, a.n, f, [&](const Tile& tile) {
         for_row_pairs(tile, f, [&](int64_t row, int64_t col, int lanes, Vec dh0, Vec dh1) {
           Vec p[2];
           load_pair(pre, m, f, row, col, lanes, p);
