@@ -127,7 +127,8 @@ def choose(kernel: str, target: Target, dtype: torch.dtype, dim: int, extras: in
     rows = max(16, power_of_two(queries))
     if rows >= tiles.queries:
         return tiles
-    return replace(tiles, queries=rows, warps=tiles.warps if kernel == "key_gradients" else min(4, tiles.warps))
+    wide = kernel == "key_gradients" or (kernel == "bias_gradient" and dtype is torch.float32)  # keys fill the warps
+    return replace(tiles, queries=rows, warps=tiles.warps if wide else min(4, tiles.warps))
 
 
 def alternatives(kernel: str, tiles: Tiles, dim: int) -> tuple[Tiles, ...]:
