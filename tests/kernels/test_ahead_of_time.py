@@ -54,7 +54,7 @@ def chosen() -> Iterator[tuple[int, Variant]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("capability", "variant"), chosen(), ids=str)
+@pytest.mark.parametrize(("capability", "variant"), list(chosen()), ids=str)
 def test_fits(capability: int, variant: Variant) -> None:
     """Into shared memory, and into registers without spilling any."""
     taken = compile_for(variant, capability)
