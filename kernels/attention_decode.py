@@ -105,10 +105,10 @@ def combine(
     column = tl.arange(0, DIM)
     acc = tl.zeros((TOGETHER, DIM), tl.float32)
     for start in range(0, splits, TOGETHER):
-        split = start + tl.arange(0, TOGETHER)
-        share = tl.exp2(tl.load(part_stats + 2 * (first + split), mask=split < splits, other=float("-inf")) - base)
-        inside = (split < splits)[:, None] & (column < dim)[None, :]
-        part = tl.load(parts + (first + split)[:, None] * dim + column[None, :], mask=inside, other=0.0)
+        member = start + tl.arange(0, TOGETHER)
+        share = tl.exp2(tl.load(part_stats + 2 * (first + member), mask=member < splits, other=float("-inf")) - base)
+        inside = (member < splits)[:, None] & (column < dim)[None, :]
+        part = tl.load(parts + (first + member)[:, None] * dim + column[None, :], mask=inside, other=0.0)
         acc += part * share[:, None]
     some = total != 0.0
     inverse = tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)

@@ -180,6 +180,7 @@ FEATURES = (
     Attention("decode", queries=1, key_heads=32, window=1000, causal=True),
     Attention("decode-256", queries=4, dim=256, key_heads=16, lengths=True, causal=True),
     Attention("decode-64", queries=8, dim=64, key_heads=4, softcap=30.0, causal=True),
+    Attention("decode-long", queries=1, keys=16384, dim=64, key_heads=2, causal=True),
     Attention("decode-80", queries=3, dim=80, bias=(4, 32, 3, 4096), alibi=True, lengths=True, causal=True),
     Attention("decode-everything-32", queries=8, window=512, softcap=30.0, alibi=True, mask=True, lengths=True),
     Attention("decode-everything", queries=16, window=512, softcap=30.0, alibi=True, mask=True, lengths=True),

@@ -25,7 +25,7 @@ EVERYTHING = os.environ.get("BMF_COMPILE_ALL") == "1"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What the default run takes of attention: the features that need most, and each head dimension's class.
 SELECTED = ("dim-64", "dim-80", "dim-256", "full", "packed", "dropout", "bias", "everything", "one-query-dropout",
-            "decode-64", "decode-everything", "decode-everything-256")  # fmt: skip
+            "decode-64", "decode-long", "decode-everything", "decode-everything-256")  # fmt: skip
 
 
 def selected(group: str, case: str, dtype: torch.dtype, capability: int) -> bool:
