@@ -78,6 +78,50 @@ def test_states_go_both_ways(name: str, options: dict) -> None:
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_autograd_sees_that_parameters_changed(name: str) -> None:
+    """A graph that has saved them must not be walked backward any more, as with torch's own steps."""
+    p = torch.nn.Parameter(torch.ones(3, 3))
+    loss = (p @ torch.ones(3, 3) @ p).sum()
+    p.grad = torch.ones(3, 3)
+    getattr(optim, name)([p], lr=0.1).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_groups_without_a_gradient_are_left_alone(name: str) -> None:
+    frozen, trained = parameters()[:2]
+    optimizer = getattr(optim, name)([{"params": [frozen]}, {"params": [trained]}], lr=0.1)
+    before = frozen.clone(), trained.clone()
+    optimizer.step()
+    assert optim.clip_grad_norm_([frozen, trained], 1.0).item() == 0
+    if name == "AdamW":
+        assert optimizer.clip_grad_norm(1.0).item() == 0
+    assert torch.equal(trained, before[1])
+    trained.grad = torch.ones_like(trained)
+    optimizer.step()
+    assert torch.equal(frozen, before[0])
+    assert not torch.equal(trained, before[1])
+
+
+def test_a_copy_goes_on_as_the_optimizer_does() -> None:
+    params = parameters(torch.bfloat16)
+    optimizer = optim.AdamW(params, lr=0.01, stochastic_rounding=True)
+    draw_gradients(params, 0)
+    optimizer.step()
+    draw_gradients(params, 1)
+    optimizer.clip_grad_norm(0.1)
+    copied = copy.deepcopy(optimizer)
+    for p, q in zip(params, copied.param_groups[0]["params"], strict=True):
+        q.grad = p.grad.clone()  # which copies do not take along
+    optimizer.step()
+    copied.step()
+    assert copied.stochastic_rounding
+    for p, q in zip(params, copied.param_groups[0]["params"], strict=True):
+        assert torch.equal(p, q)
+
+
 def test_groups_schedulers_and_missing_gradients() -> None:
     ours, theirs = parameters(), parameters()
     results = []

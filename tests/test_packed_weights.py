@@ -98,6 +98,14 @@ def test_a_change_within_the_block_is_an_error(weights) -> None:
     assert _C.packed_weights_bytes() == 0
 
 
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_an_optimizer_step_within_the_block_is_an_error(name: str, weights) -> None:
+    optimizer = getattr(bmf.optim, name)(weights.values(), lr=0.1)
+    weights["a"].grad = torch.ones(70, 33)
+    with pytest.raises(RuntimeError, match="was changed"), bmf.packed_weights(weights.values()):
+        optimizer.step()
+
+
 def test_weights_that_were_not_named_are_packed_anew(weights) -> None:
     """Weights that are computed in the block may have the address of those before them."""
     with bmf.packed_weights([weights["b"]]):
@@ -134,4 +142,7 @@ def test_an_exception_ends_the_block(weights) -> None:
 def test_what_cannot_be_packed_is_passed_over() -> None:
     others = [torch.zeros(3), torch.zeros(0, 4), torch.zeros(2, 2, device="meta"), torch.eye(3).to_sparse()]
     with bmf.packed_weights(others):
-        pass
+        x = torch.ones(50, 4)
+        assert ops.linear(x, others[1]).shape == (50, 0)
+        assert torch.equal(ops.linear(x, torch.eye(4)), x)
+        assert _C.packed_weights_bytes() == 0

@@ -137,7 +137,8 @@ def linear_cross_entropy(
         weight: [classes, width], torch's layout; may be float32 with a bfloat16 x.
         target: [...], int64, each in [0, classes) or ignore_index.
         bias: [classes] or None.
-        ignore_index: tokens with this target have no loss and no gradient, cost nothing and do not count in the mean.
+        ignore_index: tokens with this target have no loss and no gradient and do not count in the mean; on CPU they
+            cost nothing.
         label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2016).
         softcap: if given, logits become softcap * tanh(logits / softcap) first (Gemma 2).
         reduction: "mean" (over tokens that are not ignored; NaN if there are none), "sum" or "none".

@@ -24,10 +24,12 @@ def unsupported(group: dict[str, Any], parameters: Iterable[Tensor], options: tu
     return None
 
 
+def all_with_gradients(groups: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], list[Tensor]]]:
+    """The groups that have something to do, each with its parameters that have a gradient."""
+    pairs = ((group, [p for p in group["params"] if p.grad is not None]) for group in groups)
+    return [(group, parameters) for group, parameters in pairs if parameters]
+
+
 def first(groups: Iterable[tuple[dict[str, Any], list[Tensor]]]) -> Tensor | None:
     """A parameter with a gradient, by which the device is known; None if there is none."""
     return next((p for _, parameters in groups for p in parameters), None)
-
-
-def with_gradients(group: dict[str, Any]) -> list[Tensor]:
-    return [p for p in group["params"] if p.grad is not None]

@@ -27,6 +27,13 @@ class AdamW(torch.optim.AdamW):
         self.stochastic_rounding = stochastic_rounding
         self._grad_scale = 1.0  # what the next step multiplies gradients by
 
+    def __getstate__(self):
+        """Of copies and pickles, for which torch keeps its own attributes only."""
+        return super().__getstate__() | {
+            "stochastic_rounding": self.stochastic_rounding,
+            "_grad_scale": self._grad_scale,
+        }
+
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Has the next `step` scale the gradients so that their norm, all parameters together, is at most `max_norm`.
@@ -37,12 +44,13 @@ class AdamW(torch.optim.AdamW):
         Returns:
             The norm before clipping, float32.
         """
-        groups = self._groups()
+        self._grad_scale = 1.0
+        groups = _fused.all_with_gradients(self.param_groups)
         parameters = [p for _, with_grad in groups for p in with_grad]
         reason = self._uncovered(groups) or next(
             (f"a {p.device.type} tensor" for p in parameters if not p.is_cpu), None
         )
-        if reason or not _dispatch.use_native("clip_grad_norm", reason, _fused.first(groups)):
+        if reason or not parameters or not _dispatch.use_native("clip_grad_norm", reason, _fused.first(groups)):
             return clip_grad_norm_(parameters, max_norm)
         norm = torch.ops.bigmodel_fast.grad_norm([p.grad for p in parameters])
         self._grad_scale = clip_factor(norm, max_norm)
@@ -53,9 +61,6 @@ class AdamW(torch.optim.AdamW):
         self._grad_scale = 1.0
         super().zero_grad(set_to_none)
 
-    def _groups(self):
-        return [(g, _fused.with_gradients(g)) for g in self.param_groups]
-
     def _uncovered(self, groups) -> str | None:
         reasons = (_fused.unsupported(g, p, ("amsgrad", "capturable", "differentiable")) for g, p in groups)
         return next((r for r in reasons if r), None)
@@ -63,14 +68,15 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         """One step; returns what `closure`, if given, returned."""
-        groups = self._groups()
+        groups = _fused.all_with_gradients(self.param_groups)
         reason = "a closure" if closure is not None else self._uncovered(groups)
         grad_scale, self._grad_scale = self._grad_scale, 1.0
         if not _dispatch.use_native("AdamW", reason, _fused.first(groups)):
             if self.stochastic_rounding:
                 raise NotImplementedError(f"AdamW: stochastic_rounding is not there for {reason or 'this backend'}")
-            for p in (p for _, parameters in groups if grad_scale != 1.0 for p in parameters):
-                p.grad.mul_(grad_scale)
+            if grad_scale != 1.0:
+                for grad in (p.grad for _, parameters in groups for p in parameters if p.grad is not None):
+                    grad.mul_(grad_scale)
             return super().step(closure)
         for group, parameters in groups:
             states = []
@@ -96,4 +102,5 @@ class AdamW(torch.optim.AdamW):
                 grad_scale,
                 self.stochastic_rounding,
             )
+            torch.autograd.graph.increment_version(parameters)
         return None

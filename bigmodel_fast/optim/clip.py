@@ -35,10 +35,10 @@ def clip_grad_norm_(
     first = with_grad[0] if with_grad else None
     if first is not None and first.is_cuda and error_if_nonfinite:
         reason = reason or "error_if_nonfinite on a GPU"
-    if not _dispatch.use_native("clip_grad_norm_", reason, first):
+    if first is None or not _dispatch.use_native("clip_grad_norm_", reason, first):
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=error_if_nonfinite)
     grads = [p.grad for p in with_grad]
-    if first is not None and first.is_cuda:
+    if first.is_cuda:
         from ..kernels.optim import clip_grad_norm
 
         return clip_grad_norm(grads, max_norm)

@@ -16,7 +16,7 @@ class SGD(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure=None):
         """One step; returns what `closure`, if given, returned."""
-        groups = [(g, _fused.with_gradients(g)) for g in self.param_groups]
+        groups = _fused.all_with_gradients(self.param_groups)
         reasons = (_fused.unsupported(g, p, ("differentiable",)) for g, p in groups)
         reason = "a closure" if closure is not None else next((r for r in reasons if r), None)
         if not _dispatch.use_native("SGD", reason, _fused.first(groups)):
@@ -41,4 +41,5 @@ class SGD(torch.optim.SGD):
                 bool(group["nesterov"]),
                 bool(group["maximize"]),
             )
+            torch.autograd.graph.increment_version(parameters)
         return None
