@@ -1,0 +1,51 @@
+"""Runs a model stock, accelerated and in float64, and compares outputs, loss and gradients."""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import numerics
+import torch
+from torch import Tensor, nn
+
+import bigmodel_fast as bmf
+
+Call = Callable[[nn.Module], tuple[dict[str, Tensor], Tensor]]  # outputs by name, and what is differentiated
+DTYPES = ("fp32", "bf16")
+
+
+def _run(model: nn.Module, call: Call, dtype: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16) if dtype == "bf16" else nullcontext():
+        outputs, scalar = call(model)
+    scalar.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: t.detach() for name, t in outputs.items()}, gradients
+
+
+def assert_same_model(model: nn.Module, call: Call, dtype: str, **options: bool):
+    """The accelerated model is as near to float64 as the stock one. Returns the report and the accelerated model."""
+    stock, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    fast = copy.deepcopy(model)
+    report = bmf.accelerate(fast, **options)
+    assert list(fast.state_dict()) == list(model.state_dict())
+    found, eager, true = _run(fast, call, dtype), _run(stock, call, dtype), _run(exact, call, "fp64")
+    assert found[0].keys() == eager[0].keys()
+    for name in found[0]:
+        # A bf16 model may differ from a float32 one in where it rounds, by which its output's scale is the measure.
+        outputs = found[0][name], eager[0][name].to(found[0][name].dtype), true[0][name]
+        numerics.assert_close(*outputs, numerics.FORWARD, f"output {name}")
+    assert found[1].keys() == eager[1].keys()
+    scale = max(numerics.largest(g) for g in true[1].values())
+    for name, grad in found[1].items():
+        numerics.assert_close(grad, eager[1][name], true[1][name], numerics.BACKWARD, f"gradient of {name}", scale)
+    return report, fast
+
+
+def weighed(y: Tensor) -> Tensor:
+    """A loss in which every element has a weight of its own."""
+    return (y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)).sum()
+
+
+def kinds(report, accelerated: bool = True) -> set[str]:
+    return {row.kind for row in (report.accelerated if accelerated else report.left)}

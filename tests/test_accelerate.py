@@ -1,0 +1,332 @@
+"""bmf.accelerate on torch's own modules: the same results, complete undo, and what is left alone."""
+
+import copy
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerated import DTYPES, assert_same_model, kinds, weighed
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import bigmodel_fast as bmf
+
+B, S, E, H = 2, 7, 24, 3
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) + sum(shape)))
+
+
+def seeded(make, *args, **options) -> nn.Module:
+    torch.manual_seed(0)
+    model = make(*args, **options)
+    for p in model.parameters():
+        if p.dim() < 2:  # not the ones and zeros of a new model
+            nn.init.normal_(p, 0.5, 0.2)
+    return model
+
+
+def as_float64(model: nn.Module, *tensors: Tensor) -> list[Tensor]:
+    dtype = next(model.parameters()).dtype
+    return [t.to(dtype) if t.is_floating_point() else t for t in tensors]
+
+
+def outputs_of(*inputs: Tensor, **options):
+    def call(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+        keywords = dict(zip(options, as_float64(model, *options.values()), strict=True))
+        y = model(*as_float64(model, *inputs), **keywords)
+        y = y[0] if isinstance(y, tuple) else y
+        return {"y": y}, weighed(y)
+
+    return call
+
+
+right_padding = torch.arange(S)[None] >= torch.tensor([S, 4])[:, None]
+left_padding = right_padding.flip(1)
+causal = nn.Transformer.generate_square_subsequent_mask(S)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, E, padding_idx=0)
+        self.norm = nn.LayerNorm(E)
+        self.rms = nn.RMSNorm(E)
+        self.ff = nn.Sequential(nn.Linear(E, 40), nn.GELU(approximate="tanh"), nn.Linear(40, E))
+        self.head = nn.Linear(E, 5, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        return self.head(self.rms(x + self.ff(self.norm(x))))
+
+
+TOKENS = torch.tensor([[1, 4, 0, 0], [10, 0, 2, 4]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers(dtype: str) -> None:
+    bmf.explain(reset=True)
+    report, fast = assert_same_model(seeded(Net), outputs_of(TOKENS), dtype)
+    assert kinds(report) == {"Embedding", "LayerNorm", "RMSNorm", "Sequential", "Linear"}
+    assert not report.left
+    assert {c.op for c in bmf.explain().calls if c.path == "native"} == {
+        "embedding", "layer_norm", "rms_norm", "mlp", "linear",
+    }  # fmt: skip
+    assert not fast.embedding.weight.grad[0].any()
+    assert "Sequential" in str(report)
+
+
+ATTENTION = {
+    "plain": {},
+    "right padding": {"key_padding_mask": right_padding},
+    "left padding": {"key_padding_mask": left_padding},
+    "causal": {"attn_mask": causal},
+    "bool mask": {"attn_mask": causal < 0},
+    "both": {"attn_mask": causal, "key_padding_mask": left_padding & torch.tensor([[False], [False]])},
+    "float padding": {
+        "key_padding_mask": torch.zeros(B, S).masked_fill(right_padding, -torch.inf),
+        "attn_mask": causal,
+    },
+    "mask of each head": {"attn_mask": draw(B * H, S, S)},
+}
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("case", ATTENTION)
+def test_multihead_attention(case: str, batch_first: bool) -> None:
+    model = seeded(nn.MultiheadAttention, E, H, batch_first=batch_first)
+    x = draw(B, S, E) if batch_first else draw(B, S, E).transpose(0, 1)
+
+    def call(m: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+        (t,) = as_float64(m, x)
+        masks = {k: v.to(t.dtype) if v.is_floating_point() else v for k, v in ATTENTION[case].items()}
+        y = m(t, t, t, need_weights=False, **masks)[0]
+        return {"y": y}, weighed(y)
+
+    bmf.explain(reset=True)
+    report, _ = assert_same_model(model, call, "fp32")
+    assert [row.kind for row in report.accelerated][0] == "MultiheadAttention"
+    assert {c.path for c in bmf.explain().calls if c.op == "attention"} == {"native"}
+
+
+def test_cross_attention_of_other_widths() -> None:
+    model = seeded(nn.MultiheadAttention, E, H, kdim=16, vdim=20, batch_first=True)
+    inputs = draw(B, S, E), draw(B, 5, 16), draw(B, 5, 20)
+
+    def call(m: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+        y = m(*as_float64(m, *inputs), need_weights=False)[0]
+        return {"y": y}, weighed(y)
+
+    assert_same_model(model, call, "fp32")
+
+
+def test_weights_asked_for_come_from_the_original() -> None:
+    model = seeded(nn.MultiheadAttention, E, H, batch_first=True)
+    x = draw(B, S, E)
+    expected = model(x, x, x)
+    bmf.accelerate(model)
+    bmf.explain(reset=True)
+    assert all(torch.equal(a, b) for a, b in zip(model(x, x, x), expected, strict=True))
+    assert [c.reason for c in bmf.explain().calls] == ["need_weights=True asks for the weights"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"norm_first": True, "activation": "gelu"}, {"batch_first": False}], ids=str)
+def test_transformer(options: dict, dtype: str) -> None:
+    """Encoder and decoder, padded and causal."""
+    options = {"batch_first": True, **options}
+    model = seeded(nn.Transformer, E, H, 2, 2, 32, dropout=0.0, **options)
+    src, tgt = draw(B, S, E), draw(B, 5, E)
+    if not options["batch_first"]:
+        src, tgt = src.transpose(0, 1), tgt.transpose(0, 1)
+    call = outputs_of(
+        src, tgt, src_key_padding_mask=right_padding, memory_key_padding_mask=right_padding, tgt_mask=causal[:5, :5]
+    )
+    bmf.explain(reset=True)
+    report, _ = assert_same_model(model, call, dtype)
+    assert {"TransformerEncoderLayer", "TransformerDecoderLayer", "MultiheadAttention"} <= kinds(report)
+    assert not report.left
+    assert not [c for c in bmf.explain().calls if c.op.startswith("accelerate")]
+
+
+def test_dropout_of_a_layer_drops_as_much_as_the_original() -> None:
+    """Means over many draws agree: each of the four dropouts is there, once, and none in eval mode."""
+    model = seeded(nn.TransformerEncoderLayer, E, H, 32, dropout=0.5, batch_first=True, norm_first=True).train()
+    fast = copy.deepcopy(model)
+    bmf.accelerate(fast)
+    x = draw(1, S, E).expand(4000, S, E)
+    with torch.no_grad():
+        (m1, m2), (s1, s2) = zip(*((y.mean(0), y.std(0)) for y in (model(x), fast(x))), strict=True)
+        torch.testing.assert_close(fast.eval()(x[:2]), model.eval()(x[:2]), rtol=1e-4, atol=1e-5)
+    assert ((m1 - m2).abs() / (s1 * (2 / 4000) ** 0.5)).max() < 5
+    torch.testing.assert_close(s1, s2, rtol=0.15, atol=0)
+
+
+def test_restore_is_complete_and_acceleration_idempotent() -> None:
+    model = seeded(nn.Transformer, E, H, 1, 1, 32, batch_first=True)
+    before = [(type(m), dict(m.__dict__)) for m in model.modules()]
+    first = bmf.accelerate(model)
+    classes = [type(m) for m in model.modules()]
+    second = bmf.accelerate(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert {row.why for row in second.accelerated} == {"already accelerated"}
+    assert len(first.accelerated) == len(second.accelerated)
+    assert bmf.restore(model) is model
+    for module, (cls, attributes) in zip(model.modules(), before, strict=True):
+        assert type(module) is cls
+        assert module.__dict__ == attributes
+    assert bmf.restore(model) is model
+
+
+def test_only_this_instance() -> None:
+    one, other = seeded(Net), seeded(Net)
+    bmf.accelerate(one)
+    assert type(other.norm) is nn.LayerNorm
+    assert type(one.norm) is not nn.LayerNorm
+    assert isinstance(one.norm, nn.LayerNorm)
+    assert type(one.norm).__name__ == "LayerNorm"
+
+
+def test_copies_and_pickles_are_accelerated_and_restorable() -> None:
+    model = seeded(Net)
+    bmf.accelerate(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    expected = model(TOKENS)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert type(other.norm) is type(model.norm)
+        assert torch.equal(other(TOKENS), expected)
+        assert type(bmf.restore(other).norm) is nn.LayerNorm
+
+
+def test_weights_may_be_loaded_afterwards() -> None:
+    model, source = seeded(Net), Net()
+    bmf.accelerate(model)
+    model.load_state_dict(source.state_dict())
+    torch.testing.assert_close(model(TOKENS), source(TOKENS), rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_are_called() -> None:
+    """One put on a layer that was fused makes its parent compute as before, and explain() says so."""
+    model = seeded(Net)
+    bmf.accelerate(model)
+    seen: list[str] = []
+    model.norm.register_forward_hook(lambda *_: seen.append("norm"))
+    model.ff[0].register_forward_hook(lambda *_: seen.append("dense"))
+    bmf.explain(reset=True)
+    model(TOKENS)
+    assert seen == ["norm", "dense"]
+    assert ("accelerate: Sequential", "0 has hooks") in {(c.op, c.reason) for c in bmf.explain().calls}
+
+
+def test_what_is_unusual_is_left_alone() -> None:
+    class OwnLinear(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    model = nn.ModuleDict(
+        {
+            "subclass": OwnLinear(4, 4),
+            "replaced": nn.Linear(4, 4),
+            "norm": nn.LayerNorm(4),
+            "planes": nn.LayerNorm([4, 4]),
+            "sparse": nn.Embedding(4, 4, sparse=True),
+            "extra": nn.MultiheadAttention(4, 2, add_zero_attn=True),
+        }
+    )
+    model["replaced"].__dict__["forward"] = lambda x: x
+    before = [type(m) for m in model.modules()]
+    left = {row.name: row.why for row in bmf.accelerate(model).left}
+    assert left == {
+        "subclass": "a subclass of Linear with a forward of its own",
+        "replaced": "its forward was replaced on this instance",
+        "planes": "over several dimensions",
+        "sparse": "max_norm, sparse or scale_grad_by_freq",
+        "extra": "add_bias_kv or add_zero_attn",
+    }
+    after = [type(m) for m in model.modules()]
+    assert [a is b for a, b in zip(after, before, strict=True)].count(False) == 2  # norm, and extra.out_proj
+
+
+def test_parametrized_weights_are_used() -> None:
+    model = seeded(Net)
+    parametrizations.weight_norm(model.head)
+    expected = model(TOKENS)
+    bmf.accelerate(model)
+    torch.testing.assert_close(model(TOKENS), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_areas_can_be_switched_off() -> None:
+    model = seeded(Net)
+    report = bmf.accelerate(model, norm=False)
+    assert {row.why for row in report.left} == {"norm=False"}
+    assert kinds(report, accelerated=False) == {"LayerNorm", "RMSNorm"}
+    assert type(model.norm) is nn.LayerNorm
+
+
+def test_strict_raises_before_anything_is_changed() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm([4, 4]))
+    with pytest.raises(
+        RuntimeError, match=r"1 modules would be left alone, the first is 1 \(LayerNorm\): over several"
+    ):
+        bmf.accelerate(model, strict=True)
+    assert type(model[0]) is nn.Linear
+    with pytest.raises(RuntimeError, match="nothing in the model"):
+        bmf.accelerate(nn.Conv2d(1, 1, 1), strict=True)
+    with pytest.raises(TypeError, match="must be a torch.nn.Module, got a dict"):
+        bmf.accelerate({})  # type: ignore[arg-type]
+
+
+def test_unknown_norms_and_mlps_are_recognised_by_what_they_compute() -> None:
+    class StrangeRMSNorm(nn.Module):
+        def __init__(self, power: float) -> None:
+            super().__init__()
+            self.weight, self.eps, self.power = nn.Parameter(torch.rand(E)), 1e-5, power
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (1 + self.weight) * x * (x.square().mean(-1, keepdim=True) + self.eps) ** self.power
+
+    class Gate(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(E, 40, False), nn.Linear(40, E, False), nn.Linear(E, 40, False)
+            self.drop, self.scale = nn.Dropout(0.0), scale
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.drop(self.b(self.a(x) * nn.functional.silu(self.c(x)))) * self.scale
+
+    right = seeded(nn.Sequential, StrangeRMSNorm(-0.5), Gate(1.0))
+    report, _ = assert_same_model(right, outputs_of(draw(B, S, E)), "fp32")
+    assert {"StrangeRMSNorm", "Gate"} <= kinds(report)
+    wrong = seeded(nn.Sequential, StrangeRMSNorm(-0.51), Gate(2.0))
+    report, _ = assert_same_model(wrong, outputs_of(draw(B, S, E)), "fp32")
+    assert not {"StrangeRMSNorm", "Gate"} & kinds(report)
+
+
+def test_compiles_in_one_graph() -> None:
+    model = seeded(nn.TransformerEncoderLayer, E, H, 32, dropout=0.0, batch_first=True)
+    bmf.accelerate(model)
+    x = draw(B, S, E)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_vision_transformer() -> None:
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+    model = seeded(
+        torchvision.models.VisionTransformer,
+        image_size=16, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=5,
+    )  # fmt: skip
+    report, _ = assert_same_model(model, outputs_of(draw(2, 3, 16, 16)), "fp32")
+    assert {"MultiheadAttention", "MLPBlock", "LayerNorm"} <= kinds(report)
+
+
+def test_is_imported_when_it_is_used() -> None:
+    code = "import sys, bigmodel_fast as b; assert 'bigmodel_fast._accelerate' not in sys.modules; b.accelerate; " \
+           "assert 'bigmodel_fast._accelerate' in sys.modules; assert 'transformers' not in sys.modules"  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True)
