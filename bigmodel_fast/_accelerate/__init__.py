@@ -1,7 +1,8 @@
 """accelerate: our operators in a model that someone else wrote; restore: the model as it was.
 
 `swap.py` says how one module is replaced, `layers.py`, `transformer.py` and `hugging_face.py` hold the recipes. A
-recipe recognises modules by their forward or by what it computes (`probe.py`), never by a name alone. See docs/accelerate.md.
+recipe recognises modules by their forward or by what it computes (`probe.py`), never by a name alone. See
+docs/accelerate.md.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from . import layers, swap, transformer
+from . import hugging_face, interface, layers, swap, transformer
 
 AREAS = ("attention", "mlp", "norm", "loss", "rotary")
 RECIPES: tuple[type[swap.Fast], ...] = (
@@ -18,6 +19,11 @@ RECIPES: tuple[type[swap.Fast], ...] = (
     transformer.FastMultiheadAttention,
     layers.FastLayerNorm,
     layers.FastRMSNorm,
+    hugging_face.FastBertAttention,
+    hugging_face.FastBertOutput,
+    hugging_face.FastBertLayer,
+    hugging_face.FastLlamaAttention,
+    hugging_face.FastLanguageModel,
     layers.FastMLP,
     layers.FastLinear,
     layers.FastEmbedding,
@@ -105,7 +111,11 @@ def accelerate(
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got a {type(model).__name__}")
     wanted = dict(zip(AREAS, (attention, mlp, norm, loss, rotary), strict=True))
-    rows, found = [], []
+    rows, found, interfaces = [], [], []
+    for name, module in _outermost_pretrained(model):
+        row = _examine_interface(name, module, attention)
+        rows.append(row)
+        interfaces += [module] if row.accelerated and not interface.enabled(module) else []
     for name, module in model.named_modules():
         row, recipe, how = _examine(name, module, wanted)
         rows += [row] if row else []
@@ -120,6 +130,8 @@ def accelerate(
             f"accelerate: {len(report.left)} modules would be left alone, the first is {first.name or 'the model'} "
             f"({first.kind}): {first.why}; switch strict off to accelerate the others"
         )
+    for module in interfaces:
+        interface.enable(module)
     for module, recipe, how in found:
         swap.apply(module, recipe, how)
     return report
@@ -134,7 +146,26 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if swap.is_fast(module):
             swap.undo(module)
+    interface.disable(model)
     return model
+
+
+def _outermost_pretrained(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The models of transformers in a model that are not a part of another one."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        within = any(not outer or name.startswith(f"{outer}.") for outer, _ in found)
+        if interface.is_pretrained(module) and not within:
+            found.append((name, module))
+    return found
+
+
+def _examine_interface(name: str, module: nn.Module, wanted: bool) -> Row:
+    kind = type(module).__name__
+    if interface.enabled(module):
+        return Row(name, kind, True, "already accelerated")
+    reason = interface.refusal(module) if wanted else "attention=False"
+    return Row(name, kind, reason is None, reason or "Attention through transformers' interface.")
 
 
 def _examine(

@@ -14,17 +14,16 @@ _WIDTH, _HIDDEN = 6, 10
 _CLOSE = 1e-6  # some forwards compute in float32
 
 
-def _same(a: Any, b: Tensor) -> bool:
-    return (
-        isinstance(a, Tensor) and a.shape == b.shape and bool(((a.double() - b).abs() <= _CLOSE * (1 + b.abs())).all())
-    )
+def same(a: Any, b: Tensor) -> bool:
+    """Whether a is a tensor equal to b, but for rounding in float32."""
+    return isinstance(a, Tensor) and a.shape == b.shape and torch.allclose(a.double(), b, rtol=_CLOSE, atol=_CLOSE)
 
 
-def run(module: nn.Module, *args: Any) -> Any:
+def run(module: nn.Module, *args: Any, method: str = "forward") -> Any:
     """forward(*args) without hooks, or None if it raises: then it is not what it was taken for."""
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return type(module).forward(module, *args)
+            return getattr(type(module), method)(module, *args)
     except Exception:
         return None
 
@@ -32,6 +31,20 @@ def run(module: nn.Module, *args: Any) -> Any:
 def draw(*shape: int) -> Tensor:
     """The same random numbers each time, from a generator of its own."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+def linear(into: int, out: int) -> nn.Linear:
+    """A dense layer of float64 with weights of its own."""
+    layer = nn.Linear(into, out, dtype=torch.float64)
+    layer.weight.data, layer.bias.data = draw(out, into), draw(out)
+    return layer.requires_grad_(False)
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    """A norm of float64 with weights of its own."""
+    norm = nn.LayerNorm(width, dtype=torch.float64)
+    norm.weight.data, norm.bias.data = draw(width), draw(width) + 1
+    return norm.requires_grad_(False)
 
 
 def activation(function: Callable | None) -> str | None:
@@ -48,14 +61,14 @@ def activation(function: Callable | None) -> str | None:
             y = function(x.clone())
     except Exception:
         return None
-    return next((name for name, known in _FUNCTIONS.items() if _same(y, known(x))), None)
+    return next((name for name, known in _FUNCTIONS.items() if same(y, known(x))), None)
 
 
 def small_copy(module: nn.Module, parameters: dict[str, Tensor], children: dict[str, nn.Module]) -> nn.Module:
     """A module of the same class and attributes, with other parameters and children, in eval mode; no hooks."""
     small = copy.copy(module)
     small.__dict__ = {**module.__dict__, "training": False}
-    small._parameters = {name: parameters.get(name) for name in module._parameters}  # type: ignore[assignment]
+    small._parameters = {name: parameters.get(name) for name in module._parameters}  # type: ignore[misc]
     small._modules = {name: children.get(name, child) for name, child in module._modules.items()}
     for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         small.__dict__[kind] = {}
@@ -67,7 +80,7 @@ def rms_norm_offset(module: nn.Module, eps: float) -> float | None:
     x, weight = draw(1, 4, _WIDTH), draw(_WIDTH)
     y = run(small_copy(module, {"weight": weight}, {}), x)
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return next((offset for offset in (0.0, 1.0) if _same(y, normed * (weight + offset))), None)
+    return next((offset for offset in (0.0, 1.0) if same(y, normed * (weight + offset))), None)
 
 
 def _role(layer: nn.Module, transposed: bool, into: int, out: int) -> nn.Module:
@@ -113,20 +126,20 @@ def mlp(
             hidden = function(_linear(small[first[0]], transposed, x))
             if len(first) == 2:
                 hidden = hidden * _linear(small[first[1]], transposed, x)
-            if not _same(y, _linear(small[last], transposed, hidden)):
+            if not same(y, _linear(small[last], transposed, hidden)):
                 continue
             inner, outer = [], []
             dropped = _linear(small[last], transposed, torch.zeros_like(hidden))
             noisy = small_copy(module, {}, {**small, **quiet})
             noisy.training = True
-            if not _same(run(noisy, x), y):
+            if not same(run(noisy, x), y):
                 return None  # drops by other means than its children
             for dropout in dropouts:
                 everything = small_copy(module, {}, {**small, **quiet, dropout: nn.Dropout(1.0)})
                 z = run(everything, x)
-                if _same(z, torch.zeros_like(y)):
+                if same(z, torch.zeros_like(y)):
                     outer.append(dropout)
-                elif _same(z, dropped):
+                elif same(z, dropped):
                     inner.append(dropout)
                 else:
                     return None

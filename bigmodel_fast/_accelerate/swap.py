@@ -1,8 +1,8 @@
 """How one module is accelerated and restored: its class is changed to a subclass made for it.
 
 The subclass has the name and the module of the original, so that whatever reads them (checkpoints, FSDP policies,
-transformers' configs) sees no difference. Nothing else about the module changes: parameters, buffers, hooks and keys stay
-where they are, and `restore` is the original class put back.
+transformers' configs) sees no difference. Nothing else about the module changes: parameters, buffers, hooks and keys
+stay where they are, and `restore` is the original class put back.
 """
 
 import inspect
@@ -92,7 +92,7 @@ def _with_signature(function: Any, original: Any) -> types.FunctionType:
 
 
 def _rebuild(cls: type, recipe: type[Fast]) -> Any:
-    made = _subclass(cls, recipe)
+    made: Any = _subclass(cls, recipe)
     return made.__new__(made)
 
 
@@ -120,7 +120,7 @@ def hooked(module: nn.Module) -> bool:
 
 
 def not_plain(module: Any, forward: Any) -> str | None:
-    """Why a child's work cannot be done by its parent: it is not a module with this `forward`, or someone watches it."""
+    """Why a child's work cannot be done by its parent: it does not have this `forward`, or someone watches it."""
     if not isinstance(module, nn.Module) or original_class(module).forward is not forward:
         return f"is a {type(module).__name__}"
     if hooked(module):

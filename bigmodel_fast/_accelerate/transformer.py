@@ -13,12 +13,15 @@ from .swap import Fast, plan
 
 
 def key_lengths(present: Tensor) -> Tensor | None:
-    """How many keys there are, if `present` [B, S] says so of the first keys of each row and of no others (CPU only)."""
+    """How many keys there are, if `present` [B, S] is true for the first keys of each row and no others (CPU only)."""
     if not present.is_cpu or torch.compiler.is_compiling():
         return None  # elsewhere one would wait for the answer
     lengths = present.sum(1)
     first = torch.arange(present.shape[1]) < lengths[:, None]
     return lengths if torch.equal(present, first) else None
+
+
+_Masks = tuple[Tensor | None, Tensor | None, bool]  # attn_mask, key_padding_mask, is_causal
 
 
 class Refused(Exception):
@@ -74,15 +77,13 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    is_causal: bool,
+    masks: _Masks,
     dropout_p: float = 0.0,
     residual: Tensor | None = None,
 ) -> Tensor:
     """nn.MultiheadAttention on [B, S, E], then dropout and a residual."""
     heads, width, weight, bias = module.num_heads, module.embed_dim, module.in_proj_weight, module.in_proj_bias
-    options = _mask_options(attn_mask, key_padding_mask, is_causal, heads, query, key)
+    options = _mask_options(*masks, heads, query, key)
 
     def projected(t: Tensor, w: Tensor, first: int, last: int) -> Tensor:
         y = ops.linear(t, w, None if bias is None else bias[first * width : last * width])
@@ -141,7 +142,7 @@ class FastMultiheadAttention(Fast):
             reason = "inputs that are not batched tensors"
         if reason is None:
             try:
-                return self._attend(query, key, value, key_padding_mask, attn_mask, is_causal), None
+                return self._attend(query, key, value, (attn_mask, key_padding_mask, is_causal)), None
             except Refused as refused:
                 reason = str(refused)
         swap.note(self, reason)
@@ -149,14 +150,14 @@ class FastMultiheadAttention(Fast):
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
 
-    def _attend(self: Any, query, key, value, key_padding_mask, attn_mask, is_causal) -> Tensor:
+    def _attend(self: Any, query: Tensor, key: Tensor, value: Tensor, masks: _Masks) -> Tensor:
         if self.batch_first:
-            return attend(self, query, key, value, attn_mask, key_padding_mask, is_causal)
+            return attend(self, query, key, value, masks)
         turned: dict[int, Tensor] = {}  # what was one tensor stays one
         for t in (query, key, value):
             turned.setdefault(id(t), t.transpose(0, 1))
-        batched = (turned[id(t)] for t in (query, key, value))
-        return attend(self, *batched, attn_mask, key_padding_mask, is_causal).transpose(0, 1)
+        query, key, value = (turned[id(t)] for t in (query, key, value))
+        return attend(self, query, key, value, masks).transpose(0, 1)
 
 
 class _FastLayer(Fast):
@@ -186,15 +187,15 @@ class _FastLayer(Fast):
         return _not_fusible(module, cls) or {"activation": activation}
 
     def _add_attention(
-        self: Any, name: str, x: Tensor, over: Tensor, memory: Tensor, dropout: nn.Module, masks
+        self: Any, name: str, x: Tensor, over: Tensor, memory: Tensor, dropout: nn.Module, masks: _Masks
     ) -> Tensor:
         attention = self._modules[name]
         p = swap.active_dropout(dropout)
         if attention.batch_first:
-            return attend(attention, over, memory, memory, *masks, dropout_p=p, residual=x)
+            return attend(attention, over, memory, memory, masks, p, x)
         over_b, x_b = over.transpose(0, 1), x.transpose(0, 1)
         memory_b = over_b if memory is over else memory.transpose(0, 1)
-        return attend(attention, over_b, memory_b, memory_b, *masks, dropout_p=p, residual=x_b).transpose(0, 1)
+        return attend(attention, over_b, memory_b, memory_b, masks, p, x_b).transpose(0, 1)
 
     def _add_mlp(self: Any, x: Tensor, over: Tensor, dropout: nn.Module) -> Tensor:
         inner, outer = swap.active_dropout(self.dropout), swap.active_dropout(dropout)
