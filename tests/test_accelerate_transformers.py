@@ -1,6 +1,9 @@
 """bmf.accelerate on models of transformers: tiny random ones, compared with the stock model and float64."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -227,3 +230,11 @@ def test_an_attention_that_was_asked_for_stays() -> None:
     report = bmf.accelerate(model)
     assert report.left[0].why == "attention by flex_attention was asked for"
     assert model.config._attn_implementation == "flex_attention"
+
+
+def test_the_example_trains() -> None:
+    example = Path(__file__).parent.parent / "examples" / "accelerate_bert.py"
+    small = ["--steps", "2", "--batch", "4", "--length", "16", "--width", "24"]
+    done = subprocess.run([sys.executable, str(example), *small], capture_output=True, text=True, check=True)
+    assert "BertSelfAttention" in done.stdout
+    assert "step 2: loss" in done.stdout

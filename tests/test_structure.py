@@ -37,7 +37,7 @@ LAYERS = (
     "benchmarks",
     "cli",
 )
-SIDE_BY_SIDE = ({"models", "data", "optim", "_accelerate"}, {"train", "_accelerate"})
+SIDE_BY_SIDE = ({"models", "data", "optim", "_accelerate"},)
 CPP_MAY_INCLUDE = {
     "core": {"core"},
     "cpu": {"core", "cpu"},

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._activation import activate
 from ..ops._heads import split_heads
+from ..ops.rotary import reference as rotary_reference
 from . import interface, probe, swap
 from .layers import dense_mlp
 from .swap import Fast, plan
@@ -158,7 +160,7 @@ def _rotates_halves(rotate: Callable | None) -> bool:
         found = rotate(q, k, cos, sin)
     except Exception:
         return False
-    return all(torch.allclose(a, b) for a, b in zip(found, ops.rotary(q, k, cos, sin), strict=True))
+    return all(torch.allclose(a, b) for a, b in zip(found, rotary_reference(q, k, cos, sin), strict=True))
 
 
 _OUTPUT = ("dense", "LayerNorm", "dropout")
@@ -234,7 +236,7 @@ class FastBertLayer(Fast):
         children = {"intermediate": probe.small_copy(intermediate, {}, {"dense": dense}), "output": small_output}
         x = probe.draw(1, 4, 6)
         y = probe.run(probe.small_copy(module, {}, children), x, method="feed_forward_chunk")
-        if not probe.same(y, expected(ops.linear(x, dense.weight, dense.bias, activation=activation), x)):
+        if not probe.same(y, expected(activate(dense(x), activation), x)):
             return "a feed_forward_chunk of its own"
         return _bert_mlp_reason(module) or {"activation": activation}
 
