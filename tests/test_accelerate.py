@@ -249,6 +249,33 @@ def test_what_is_unusual_is_left_alone() -> None:
     assert [a is b for a, b in zip(after, before, strict=True)].count(False) == 2  # norm, and extra.out_proj
 
 
+def test_quantised_and_sharded_weights_are_left_alone() -> None:
+    """Weights of another tensor class, by which DTensor and quantised weights come, and of integers."""
+
+    class Packed(Tensor):
+        pass
+
+    model = seeded(nn.Sequential, nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.randn(4, 4).as_subclass(Packed))
+    model[3].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    left = {row.name: row.why for row in bmf.accelerate(model).left}
+    assert left == {"0": "a weight is a Packed", "3": "a weight of torch.int8"}
+    assert type(model[0]) is nn.Linear
+    assert type(model[2]) is not nn.Linear
+
+
+def test_weights_that_become_unusual_are_left_to_the_original() -> None:
+    class Packed(Tensor):
+        pass
+
+    model = seeded(Net)
+    bmf.accelerate(model)
+    model.ff[0].weight = nn.Parameter(model.ff[0].weight.detach().as_subclass(Packed))
+    bmf.explain(reset=True)
+    model(TOKENS)
+    assert ("accelerate: Sequential", "0 a weight is a Packed") in {(c.op, c.reason) for c in bmf.explain().calls}
+
+
 def test_parametrized_weights_are_used() -> None:
     model = seeded(Net)
     parametrizations.weight_norm(model.head)
