@@ -36,7 +36,7 @@ def make_model(case: Case) -> nn.Module:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(BENCH_SEED)
-        return BertForSequenceClassification(BertConfig(num_labels=CLASSES, **case.options["config"]))
+        return BertForSequenceClassification(BertConfig(**{**case.options["config"], "num_labels": CLASSES}))
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:

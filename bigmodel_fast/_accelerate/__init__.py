@@ -113,9 +113,8 @@ def accelerate(
     wanted = dict(zip(AREAS, (attention, mlp, norm, loss, rotary), strict=True))
     rows, found, interfaces = [], [], []
     for name, module in _outermost_pretrained(model):
-        row = _examine_interface(name, module, attention)
-        rows.append(row)
-        interfaces += [module] if row.accelerated and not interface.enabled(module) else []
+        rows.append(_examine_interface(name, module, attention))
+        interfaces += [module] if rows[-1].accelerated and not interface.enabled(module) else []
     for name, module in model.named_modules():
         row, recipe, how = _examine(name, module, wanted)
         rows += [row] if row else []

@@ -264,11 +264,16 @@ class FastLanguageModel(Fast):
         causal = plan(self)["causal"]
         labels = kwargs.get("labels")
         keeps = kwargs.get("logits_to_keep", 0)
-        wanted = labels is not None and self.training and not torch.compiler.is_compiling()
+        wanted = self.training and not torch.compiler.is_compiling()
         whole = (
             isinstance(keeps, int) and keeps == 0 and kwargs.get("return_dict", self.config.return_dict) is not False
         )
-        if not wanted or not whole or not swap.note(self, _head_reason(self) or _loss_reason(self, causal)):
+        if (
+            labels is None
+            or not wanted
+            or not whole
+            or not swap.note(self, _head_reason(self) or _loss_reason(self, causal))
+        ):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         loss_options = {name: kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels", "ignore_index")}
         head, inputs = self.get_output_embeddings(), []

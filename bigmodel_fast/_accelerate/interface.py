@@ -135,14 +135,16 @@ def attention_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    *args: Any,
+    *,
     local_size: int | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """transformers' boolean mask, or None where causality says it all; with what it amounts to, where known."""
     from transformers.masking_utils import sdpa_mask
 
-    mask: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, *args, local_size=local_size, **kwargs)
+    mask: Tensor | None = sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, local_size=local_size, **kwargs
+    )
     if mask is not None and mask.is_cpu and not torch.compiler.is_compiling():
         sight = _sight(mask, local_size)
         if sight is not None:
