@@ -10,6 +10,8 @@ import sys
 COMMANDS = {
     "pretrain": "train a GPT on text, from random weights",
     "train-image": "train an image classifier, and report what it gets wrong",
+    "finetune": "fine-tune a Hugging Face model, or a GPT of pretrain, on a table of examples",
+    "evaluate": "measure a fine-tuned model, and show which words it went by",
     "generate": "continue a text with a trained GPT",
     "bench": "time the operators beside PyTorch's",
     "info": "this machine, this installation, and what they reach",
@@ -26,6 +28,10 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "pytest_benchmark": "bench",
     "sklearn": "vision",
+    "transformers": "finetune",
+    "peft": "finetune",
+    "sacrebleu": "finetune",
+    "captum": "attributions",
     "torchvision": "vision",
     "PIL": "vision",
 }

@@ -56,10 +56,7 @@ class Checkpoint:
         Raises:
             CheckpointError: they are those of another model.
         """
-        try:
-            model.load_state_dict(_read(self.path / MODEL))
-        except RuntimeError:
-            raise CheckpointError(f"{self.path}: its weights are those of another model") from None
+        read_model(model, self.path / MODEL)
         if optimizer is None:
             return
         names = _names(model, optimizer)
@@ -116,8 +113,19 @@ def save_checkpoint(
 
 
 def write_model(model: torch.nn.Module, path: Path) -> None:
-    """The weights as one safetensors file."""
-    _write(model.state_dict(), path)
+    """The weights as one safetensors file; those that are tied are written once."""
+    state = model.state_dict()
+    _write({name: state[name] for name in set(_first_names(state).values())}, path)
+
+
+def read_model(model: torch.nn.Module, path: Path) -> None:
+    """Loads what `write_model` wrote; CheckpointError for the weights of another model."""
+    weights = _read(path)
+    firsts = _first_names(model.state_dict())
+    try:
+        model.load_state_dict(weights | {name: weights[first] for name, first in firsts.items() if first in weights})
+    except RuntimeError:
+        raise CheckpointError(f"{path.parent}: its weights are those of another model") from None
 
 
 def write_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
@@ -197,6 +205,15 @@ def _names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[str
     return [named[p] for group in optimizer.param_groups for p in group["params"]]
 
 
+def _first_names(state: dict[str, Tensor]) -> dict[str, str]:
+    """For each name in a state dict the first one of the same tensor."""
+    firsts: dict[Any, str] = {}
+    return {
+        name: firsts.setdefault((t.data_ptr(), t.shape, t.stride()) if t.numel() else name, name)
+        for name, t in state.items()
+    }
+
+
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -221,6 +238,10 @@ def _blocks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as f:
         while block := f.read(1 << 22):
             yield block
+
+
+def digest_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -23,8 +23,12 @@ from .errors import CheckpointError, ConfigError
 
 def require_packages(config: TrainConfig) -> None:
     """ModuleNotFoundError now, not after hours of training, for a package that this run needs later."""
-    needed = ["safetensors", "matplotlib", "yaml", *(["tensorboard"] if config.tensorboard else [])]
-    for name in needed:
+    require("safetensors", "matplotlib", "yaml", *(["tensorboard"] if config.tensorboard else []))
+
+
+def require(*packages: str) -> None:
+    """ModuleNotFoundError for the first package that is not installed."""
+    for name in packages:
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
