@@ -26,6 +26,7 @@ from ..data import Tokenizer
 from ..models import GPT, GPTConfig
 from .errors import CheckpointError
 
+MODELS: dict[str, tuple[Any, Any]] = {"clm": (GPT, GPTConfig)}  # by objective: a model, and the class of its config
 FORMAT = 1  # raised when older readers would misread the folder
 STATE, MODEL, OPTIMIZER, TOKENIZER = "state.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json"
 
@@ -41,9 +42,17 @@ class Checkpoint:
     def step(self) -> int:
         return self.state["step"]
 
-    def model(self, device: str | torch.device = "cpu") -> GPT:
-        """The model with its weights, in evaluation mode."""
-        model = GPT(GPTConfig(**self.state["model"])).to(device)
+    @property
+    def objective(self) -> str:
+        """What its model was trained for; checkpoints from before there was a choice do not say it."""
+        return self.state.get("objective", "clm")
+
+    def model(self, device: str | torch.device = "cpu") -> Any:
+        """The model with its weights, in evaluation mode; of the class that its objective trains."""
+        if self.objective not in MODELS:
+            raise CheckpointError(f"{self.path}: of objective {self.objective}, which this version does not know")
+        make, config = MODELS[self.objective]
+        model = make(config(**self.state["model"])).to(device)
         self.restore(model)
         return model.eval()
 
@@ -85,7 +94,8 @@ def save_checkpoint(
     """Writes `folder`/step-<step>, then removes older ones there beyond the newest `keep`; returns its path.
 
     Args:
-        state: what else resuming needs, of what JSON can hold; at least "model", the fields of the GPTConfig.
+        state: what else resuming needs, of what JSON can hold; at least "objective", and "model", the fields of its
+            config.
 
     Raises:
         OSError: it could not be written. The checkpoints before it are intact.
