@@ -28,6 +28,7 @@ from . import durable, safefiles
 from .errors import CheckpointError
 from .safefiles import damaged, read_tensors, write_tensors
 
+MODELS: dict[str, tuple[Any, Any]] = {"clm": (GPT, GPTConfig)}  # by objective: a model, and the class of its config
 FORMAT = 1  # raised when older readers would misread the folder
 STATE, MODEL, OPTIMIZER, TOKENIZER = "state.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json"
 LATEST = "LATEST"
@@ -49,9 +50,17 @@ class Checkpoint:
     def step(self) -> int:
         return self.state["step"]
 
-    def model(self, device: str | torch.device = "cpu") -> GPT:
-        """The model with its weights, in evaluation mode."""
-        model = self.build(lambda: GPT(GPTConfig(**self.state["model"]))).to(device)
+    @property
+    def objective(self) -> str:
+        """What its model was trained for; checkpoints from before there was a choice do not say it."""
+        return str(self.state.get("objective", "clm"))
+
+    def model(self, device: str | torch.device = "cpu") -> Any:
+        """The model with its weights, in evaluation mode; of the class that its objective trains."""
+        if self.objective not in MODELS:
+            raise CheckpointError(f"{self.path}: of objective {self.objective}, which this version does not know")
+        make, config = MODELS[self.objective]
+        model = self.build(lambda: make(config(**self.state["model"]))).to(device)
         self.restore(model)
         return model.eval()
 
@@ -131,7 +140,8 @@ def save_checkpoint(
     """Writes `folder`/step-<step>, then removes older ones there beyond the newest `keep`; returns its path.
 
     Args:
-        state: what else resuming needs, of what JSON can hold; at least "model", the fields of the model's config.
+        state: what else resuming needs, of what JSON can hold; at least "objective", and "model", the fields of its
+            config.
         keep_best: keep so many more, those whose "validation_loss" in the state is lowest.
 
     Raises:
