@@ -4,7 +4,7 @@ The shape is MiniLM's with a classifier on top, its weights random; the step is 
 dropout at work. All providers start from the same weights, see the same batches and use torch's fused AdamW.
 """
 
-import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
@@ -18,7 +18,6 @@ import bigmodel_fast as bmf
 from .cases import BENCH_SEED, Case, Results, StepBenchmark, StepTask, autocast
 
 LR, BATCHES, CLASSES = 2e-5, 2, 2
-MISSING = "transformers is not installed: pip install 'bigmodel_fast[transformers]'"
 
 Batch = dict[str, Tensor]
 
@@ -30,8 +29,6 @@ class Inputs:
 
 
 def make_model(case: Case) -> nn.Module:
-    if importlib.util.find_spec("transformers") is None:
-        raise RuntimeError(MISSING)
     from transformers import BertConfig, BertForSequenceClassification
 
     with torch.random.fork_rng(devices=[]):
@@ -67,12 +64,14 @@ def loss_and_gradients(model: nn.Module, batch: Batch, dtype: str) -> Tensor:
 
 
 def results_of(model: nn.Module, batch: Batch, dtype: str) -> Results:
-    """Without the biases of keys, which softmax cancels: their gradient is 0 but for rounding."""
+    """Gradients of one layer together: some are 0 but for rounding, such as those of keys' biases."""
     found = {"output loss": loss_and_gradients(model, batch, dtype).float()}
+    layers: dict[str, list[Tensor]] = {}
     for name, p in model.named_parameters():
-        if p.grad is not None and not name.endswith("key.bias"):
-            found[f"grad {name}"] = p.grad.clone()
-    return found
+        if p.grad is not None:
+            layer = re.match(r".*\.\d+(?=\.)|[^.]+", name)
+            layers.setdefault(layer[0] if layer else name, []).append(p.grad.flatten())
+    return found | {f"grad {name}": torch.cat(grads) for name, grads in layers.items()}
 
 
 def builder(prepare: Callable[[nn.Module], Any]) -> Callable[[Case, Inputs, str], StepTask]:
@@ -128,14 +127,17 @@ TINY = {
     "intermediate_size": 32,
 }
 
+BUILDERS = {
+    "bigmodel_fast": builder(bmf.accelerate),
+    "eager": builder(lambda model: None),
+    "compile": builder(lambda model: model.compile(dynamic=False)),
+}
+
 BENCHMARK = StepBenchmark(
     name="accelerate",
+    requires="transformers",
     unit="FLOP",
-    builders={
-        "bigmodel_fast": builder(bmf.accelerate),
-        "eager": builder(lambda model: None),
-        "compile": builder(lambda model: model.compile(dynamic=False)),
-    },
+    builders=BUILDERS,
     make_inputs=make_inputs,
     make_exact=exact,
     count=flops,

@@ -12,6 +12,7 @@ import bigmodel_fast as bmf
 
 Call = Callable[[nn.Module], tuple[dict[str, Tensor], Tensor]]  # outputs by name, and what is differentiated
 DTYPES = ("fp32", "bf16")
+B, S, E, H = 2, 7, 24, 3  # batch, tokens, width, heads
 
 
 def _run(model: nn.Module, call: Call, dtype: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -56,3 +57,31 @@ def weighed(y: Tensor) -> Tensor:
 
 def kinds(report, accelerated: bool = True) -> set[str]:
     return {row.kind for row in (report.accelerated if accelerated else report.left)}
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) + sum(shape)))
+
+
+def seeded(make, *args, **options) -> nn.Module:
+    torch.manual_seed(0)
+    model = make(*args, **options)
+    for p in model.parameters():
+        if p.dim() < 2:  # not the ones and zeros of a new model
+            nn.init.normal_(p, 0.5, 0.2)
+    return model
+
+
+def as_float64(model: nn.Module, *tensors: Tensor) -> list[Tensor]:
+    dtype = next(model.parameters()).dtype
+    return [t.to(dtype) if t.is_floating_point() else t for t in tensors]
+
+
+def outputs_of(*inputs: Tensor, **options):
+    def call(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+        keywords = dict(zip(options, as_float64(model, *options.values()), strict=True))
+        y = model(*as_float64(model, *inputs), **keywords)
+        y = y[0] if isinstance(y, tuple) else y
+        return {"y": y}, weighed(y)
+
+    return call

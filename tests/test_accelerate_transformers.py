@@ -139,6 +139,51 @@ def test_a_model_of_the_same_config_is_not_touched() -> None:
     assert type(other) is transformers.BertForMaskedLM
 
 
+def test_a_config_changed_meanwhile_stays_changed() -> None:
+    model = make("bert")
+    config = model.config
+    bmf.accelerate(model)
+    model.config.pad_token_id = 5
+    model.config.note = "new"
+    bmf.restore(model)
+    assert model.config is config
+    assert (config.pad_token_id, config.note, config._attn_implementation) == (5, "new", "eager")
+
+
+def test_a_saved_model_is_the_stock_one(tmp_path: Path) -> None:
+    model = make("bert").eval()
+    bmf.accelerate(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(make("bert")).from_pretrained(tmp_path).eval()
+    assert loaded.config._attn_implementation != "bigmodel_fast"
+    torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_changed_in_place_is_not_taken_for_what_it_was() -> None:
+    from bigmodel_fast._accelerate import interface
+
+    mask = interface.attention_mask(
+        2, 4, 4, mask_function=lambda b, h, q, k: q >= 0, attention_mask=RIGHT[1:, 5:9].bool(), device="cpu"
+    )
+    assert interface.sight_of(mask)["key_lengths"].tolist() == [2, 0]
+    mask[1] = True
+    assert interface.sight_of(mask) is None
+
+
+def test_a_forward_replaced_on_an_inner_module_is_called() -> None:
+    """As Accelerate's dispatch_model does it."""
+    model = make("bert").eval()
+    bmf.accelerate(model)
+    calls, inner = [], model.bert.encoder.layer[0].intermediate
+    forward = inner.forward
+    inner.forward = lambda x: (calls.append(1), forward(x))[1]
+    bmf.explain(reset=True)
+    model(TOKENS)
+    assert calls == [1]
+    reasons = {c.reason for c in bmf.explain().calls}
+    assert "intermediate its forward was replaced on this instance" in reasons
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_num_items_in_batch_and_ignore_index(family: str) -> None:
     """As gradient accumulation in transformers' Trainer calls it."""

@@ -182,6 +182,15 @@ def test_public_names_are_documented() -> None:
                 assert value.__doc__, f"{module.__name__}.{name}"
 
 
+@pytest.mark.parametrize("path", PACKAGE, ids=relative)
+def test_nothing_is_unpickled(path: Path) -> None:
+    """What a file holds is data: pickles, and YAML beyond plain values, can hold code."""
+    loaders = r"torch\.load\(|yaml\.(unsafe_|full_)?load(_all)?\(|\b(Unsafe|Full)Loader\b|allow_pickle=True"
+    modules = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
+    assert not re.search(loaders, path.read_text())
+    assert not {name.partition(".")[0] for name in imported(path)} & modules
+
+
 # ---- C++ ----
 
 

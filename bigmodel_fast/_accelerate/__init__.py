@@ -8,6 +8,7 @@ docs/accelerate.md.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import hugging_face, interface, layers, swap, transformer
@@ -115,11 +116,12 @@ def accelerate(
     for name, module in _outermost_pretrained(model):
         rows.append(_examine_interface(name, module, attention))
         interfaces += [module] if rows[-1].accelerated and not interface.enabled(module) else []
-    for name, module in model.named_modules():
-        row, recipe, how = _examine(name, module, wanted)
-        rows += [row] if row else []
-        if recipe is not None and row is not None and row.accelerated and not swap.is_fast(module):
-            found.append((module, recipe, how))
+    with torch.random.fork_rng(devices=[]):  # what probes draw is not drawn from the loop
+        for name, module in model.named_modules():
+            row, recipe, how = _examine(name, module, wanted)
+            rows += [row] if row else []
+            if recipe is not None and row is not None and row.accelerated and not swap.is_fast(module):
+                found.append((module, recipe, how))
     report = Report(tuple(rows))
     if strict and not report.accelerated:
         raise RuntimeError("accelerate: nothing in the model is of a kind that can be accelerated")
@@ -140,11 +142,13 @@ def restore(model: nn.Module) -> nn.Module:
     """Undoes `accelerate`: every module of the model has its own class again. Returns the model.
 
     Raises:
-        RuntimeError: the class of a module was changed by someone else since.
+        RuntimeError: the class or the forward of a module was changed by someone else since; nothing is undone then.
     """
-    for module in model.modules():
-        if swap.is_fast(module):
-            swap.undo(module)
+    fast = [module for module in model.modules() if swap.is_fast(module)]
+    for module in fast:
+        swap.check_undo(module)
+    for module in fast:
+        swap.undo(module)
     interface.disable(model)
     return model
 

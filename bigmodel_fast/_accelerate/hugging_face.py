@@ -97,7 +97,7 @@ class FastBertAttention(Fast):
         if not swap.note(self, _linears(self, ("query", "key", "value"))):
             return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
         q, k, v = _project(hidden_states, [self.query, self.key, self.value], self.attention_head_size)
-        p = swap.active_dropout(self.dropout)
+        p = self.dropout.p if self.training else 0.0
         y, weights = interface.attention_forward(
             self, q, k, v, attention_mask, dropout=p, scaling=self.scaling, **kwargs
         )
@@ -206,8 +206,8 @@ def _bert_mlp_reason(module: Any) -> str | None:
     if reason := swap.first_not_plain(module, (("dense", module.intermediate.dense, nn.Linear.forward),)):
         return f"intermediate.{reason}"
     for name in ("intermediate", "output"):
-        if swap.hooked(module._modules[name]):
-            return f"{name} has hooks"
+        if reason := swap.watched(module._modules[name]):
+            return f"{name} {reason}"
     if isinstance(module.intermediate.intermediate_act_fn, nn.Module) and swap.hooked(
         module.intermediate.intermediate_act_fn
     ):
@@ -332,4 +332,6 @@ def _loss(
         softcap=getattr(module.config, "final_logit_softcapping", None) if causal else None,
         reduction="sum" if counted else "mean",
     )
-    return loss / num_items_in_batch if counted else loss
+    if not counted:
+        return loss
+    return loss / (num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)

@@ -17,8 +17,9 @@ from .transformer import key_lengths
 
 NAME = "bigmodel_fast"
 _REPLACES = ("eager", "sdpa", None)
-_CONFIG = "_bmf_config"  # in a module's __dict__: the config it had
-_SIGHT = "_bmf_sight"  # on a mask: the same as arguments of ops.attention
+_IMPLEMENTATION = "_attn_implementation_internal"  # in a config's __dict__
+_CONFIG = "_bmf_config"  # in a module's __dict__: the config it had, and the copy it has
+_SIGHT = "_bmf_sight"  # on a mask: its version, and the same as arguments of ops.attention
 
 
 # ---- which models ----
@@ -54,8 +55,8 @@ def enable(model: nn.Module) -> None:
             continue
         if id(config) not in copies:
             copies[id(config)] = copied = copy.copy(config)
-            copied.__dict__["_attn_implementation_internal"] = NAME
-        module.__dict__[_CONFIG] = config
+            copied.__dict__[_IMPLEMENTATION] = NAME
+        module.__dict__[_CONFIG] = config, copies[id(config)]
         module.__dict__["config"] = copies[id(config)]
 
 
@@ -65,10 +66,18 @@ def enabled(module: Any) -> bool:
 
 
 def disable(model: nn.Module) -> None:
-    """The configs there were."""
+    """The configs there were, with what was changed in their copies since."""
     for module in model.modules():
-        if _CONFIG in module.__dict__:
-            module.__dict__["config"] = module.__dict__.pop(_CONFIG)
+        if _CONFIG not in module.__dict__:
+            continue
+        original, copied = module.__dict__.pop(_CONFIG)
+        if module.__dict__["config"] is not copied:
+            continue  # someone gave it another one
+        for name, value in copied.__dict__.items():
+            ours = name == _IMPLEMENTATION and value == NAME
+            if not ours and (name not in original.__dict__ or original.__dict__[name] is not value):
+                original.__dict__[name] = value
+        module.__dict__["config"] = original
 
 
 # ---- what is registered ----
@@ -107,9 +116,7 @@ def attention_forward(
         return _by_original(module, query, key, value, attention_mask, causal, {**given, **kwargs})
     if causal and key.shape[2] > query.shape[2]:  # a cache with room behind what it holds
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    sight = getattr(attention_mask, _SIGHT, None)
-    if sight is None:
-        sight = {"is_causal": causal, "attn_mask": attention_mask}
+    sight = sight_of(attention_mask) or {"is_causal": causal, "attn_mask": attention_mask}
     if position_bias is not None:
         position_bias = position_bias[..., : key.shape[2]]
         mask = sight.get("attn_mask")
@@ -148,8 +155,14 @@ def attention_mask(
     if mask is not None and mask.is_cpu and not torch.compiler.is_compiling():
         sight = _sight(mask, local_size)
         if sight is not None:
-            setattr(mask, _SIGHT, sight)
+            setattr(mask, _SIGHT, (mask._version, sight))
     return mask
+
+
+def sight_of(mask: Tensor | None) -> dict[str, Any] | None:
+    """The arguments of ops.attention that a mask amounts to, if that is known and the mask is still what it was."""
+    version, sight = getattr(mask, _SIGHT, (None, None))
+    return sight if mask is not None and version == mask._version else None
 
 
 def _sight(mask: Tensor, local_size: int | None) -> dict[str, Any] | None:

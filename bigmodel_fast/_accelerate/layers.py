@@ -90,7 +90,7 @@ class FastEmbedding(Fast):
 
 
 class FastLayerNorm(Fast):
-    """Over the last dimension; under autocast the output is float32, as torch's."""
+    """Over the last dimension; under autocast the output has the dtype of torch's: the input's, float32 on a GPU."""
 
     area = "norm"
 
@@ -105,10 +105,10 @@ class FastLayerNorm(Fast):
     def forward(self: Any, x: Tensor) -> Tensor:
         if swap.unusual(self) or type(x) is not Tensor or x.shape[-1:] != self.normalized_shape:
             return super().forward(x)  # type: ignore[misc]
-        if not torch.is_autocast_enabled(x.device.type):
-            return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):
+            x = x.float()
         with swap.without_autocast(x):
-            return ops.layer_norm(x.float(), self.weight, self.bias, eps=self.eps)
+            return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
 class FastRMSNorm(Fast):

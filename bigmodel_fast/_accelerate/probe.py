@@ -65,10 +65,14 @@ def activation(function: Callable | None) -> str | None:
 
 
 def small_copy(module: nn.Module, parameters: dict[str, Tensor], children: dict[str, nn.Module]) -> nn.Module:
-    """A module of the same class and attributes, with other parameters and children, in eval mode; no hooks."""
+    """A module of the same class and attributes, with other parameters and children, in eval mode; no hooks.
+
+    Buffers are copies: a forward may write to them.
+    """
     small = copy.copy(module)
     small.__dict__ = {**module.__dict__, "training": False}
     small._parameters = {name: parameters.get(name) for name in module._parameters}  # type: ignore[misc]
+    small._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
     small._modules = {name: children.get(name, child) for name, child in module._modules.items()}
     for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         small.__dict__[kind] = {}

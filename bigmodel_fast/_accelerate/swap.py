@@ -57,13 +57,19 @@ def apply(module: nn.Module, recipe: type[Fast], found: dict[str, Any]) -> None:
     module.__dict__[_PLAN] = found
 
 
+def check_undo(module: nn.Module) -> None:
+    """Raises where the original class cannot be put back."""
+    changed = None
+    if type(module) is not _subclass(original_class(module), _recipe(module)):
+        changed = "class of a {} was changed after accelerate() (by fully_shard?)"
+    elif "forward" in module.__dict__:
+        changed = "forward of a {} was replaced after accelerate() (by Accelerate's prepare?)"
+    if changed is not None:
+        raise RuntimeError(f"restore: the {changed.format(type(module).__name__)}; undo that first")
+
+
 def undo(module: nn.Module) -> None:
     """The original class again."""
-    if type(module) is not _subclass(original_class(module), _recipe(module)):
-        raise RuntimeError(
-            f"restore: the class of a {type(module).__name__} was changed after accelerate() (by fully_shard?); "
-            "restore the model before that"
-        )
     module.__class__ = original_class(module)
     del module.__dict__[_PLAN]
 
@@ -98,11 +104,13 @@ def _rebuild(cls: type, recipe: type[Fast]) -> Any:
 
 # ---- what may be fused ----
 
+FORWARD_REPLACED = "its forward was replaced on this instance"
+
 
 def unusual(module: nn.Module) -> str | None:
     """Why a module cannot be replaced; None if it can."""
     if "forward" in module.__dict__:
-        return "its forward was replaced on this instance"
+        return FORWARD_REPLACED
     return next((reason for p in module._parameters.values() if (reason := unusual_tensor(p))), None)
 
 
@@ -111,6 +119,13 @@ def unusual_tensor(t: Tensor | None) -> str | None:
     if t is None or type(t) in (nn.Parameter, Tensor):
         return None if t is None or t.is_floating_point() else f"a weight of {t.dtype}"
     return f"a weight is a {type(t).__name__}"
+
+
+def watched(module: nn.Module) -> str | None:
+    """Why a module has to be called by its own forward: someone watches or replaces it."""
+    if hooked(module):
+        return "has hooks"
+    return FORWARD_REPLACED if "forward" in module.__dict__ else None
 
 
 def hooked(module: nn.Module) -> bool:

@@ -4,7 +4,9 @@ A run's folder holds config.yaml, metrics.jsonl, checkpoints, best.safetensors (
 and at its end model/ (a Hugging Face folder), report.json, curves.png and, for classes, confusion.png.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -24,12 +26,13 @@ from . import checkpoint as files
 from . import pretrained, setup
 from .checkpoint import Checkpoint, save_checkpoint
 from .curves import plot_curves
-from .errors import CheckpointError, TrainError
+from .errors import CheckpointError, TrainError, is_out_of_memory
 from .examples import load_examples
 from .finetune_config import FinetuneConfig
 from .finetune_report import FinetuneEvaluation, FinetuneStart
 from .guard import smaller_passes, told
 from .judging import judge, make_task, report_of, write_report
+from .lock import RunLock
 from .metrics import MetricsLog
 from .report import Reporter, Step
 from .setup import pick_device, pick_dtype
@@ -98,9 +101,11 @@ class Finetuner:
         checkpoint = setup.find_checkpoint(config, self.report.message)  # type: ignore[arg-type]
         self._load()
         made = setup.open_folder(self.out)
+        self._lock = RunLock(self.out)
         try:
             self._prepare(checkpoint)
         except BaseException:
+            self._lock.release()
             setup.remove_empty(made)
             raise
 
@@ -113,7 +118,13 @@ class Finetuner:
         self.features = self.task.encode(self.examples)
         self.validation_features = self.task.encode(self.validation)
         torch.manual_seed(config.seed)
-        self.model, self.new = self.source.load(self.task, random=self.random)
+        try:
+            self.model, self.new = self.source.load(self.task, random=self.random)
+            self.model.to(self.device)
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise TrainError("out of memory for the model itself; take a smaller one") from None
+            raise
 
     def _prepare(self, checkpoint: Checkpoint | None) -> None:
         config, o = self.config, self.config.optim
@@ -122,7 +133,6 @@ class Finetuner:
         elif config.train == "lora":
             lora = config.lora
             self.model = pretrained.add_lora(self.model, self.task, lora.rank, lora.alpha, lora.dropout)
-        self.model.to(self.device)
         self.accelerated = accelerate(self.model) if config.accelerate else None
         self.lr = o.scratch_lr if self.random else config.lr
         groups = pretrained.parameter_groups(self.model, self.lr, o.weight_decay, o.layer_decay)
@@ -153,17 +163,17 @@ class Finetuner:
         Raises:
             TrainError: the loss is not finite any more, too little memory, or something cannot be written.
         """
-        with told(self.out, lambda: f"step {self.step}", self._advice, self._what_is_saved):
-            setup.write_config(self.config, self.out)  # type: ignore[arg-type]
-            self._log = MetricsLog(self.out, after=self.step)
-            try:
-                with StopRequest() as stop:
-                    self._tell_start()
-                    self._train(stop)
-            finally:
-                self.report.end()
-                self._log.close()
-            report = self._finish() if self.finished else None
+        try:
+            with told(self.out, lambda: f"step {self.step}", self._advice, self._what_is_saved):
+                setup.write_config(self.config, self.out)  # type: ignore[arg-type]
+                with contextlib.closing(MetricsLog(self.out, after=self.step)) as self._log:
+                    with StopRequest() as stop:
+                        self._tell_start()
+                        self._train(stop)
+                    report = self._finish() if self.finished else None
+        finally:
+            self.report.end()
+            self._lock.release()
         return FinetuneResult(self.finished, self.step, self.step - self._first_step, self.checkpoint, report)
 
     def _tell_start(self) -> None:
@@ -327,9 +337,9 @@ class Finetuner:
         self._tick()
         self.checkpoint = save_checkpoint(
             self.out / "checkpoints", step=self.step, model=self.model, optimizer=self.optimizer,
-            tokenizer=pretrained.TokenizerFile(self.source.tokenizer), keep=self.config.keep,  # type: ignore[arg-type]
+            tokenizer=None, keep=self.config.keep,
             state={
-                "model": {}, "config": self.config.to_dict(), "dtype": self.dtype, "elapsed": self.elapsed,
+                "objective": f"finetune {self.task.name}", "model": {}, "config": self.config.to_dict(), "dtype": self.dtype, "elapsed": self.elapsed,
                 "batches": self.batches.state_dict(), "examples": self._examples_checksum(),
                 "random": setup.random_state(self.device), "best": self.best, "best_step": self.best_step,
                 "without_gain": self.without_gain, "stopped_early": self.stopped_early,
@@ -339,7 +349,8 @@ class Finetuner:
 
     def _examples_checksum(self) -> str:
         """Tells the encoded examples from others."""
-        return files.digest_of(json.dumps([f.inputs for f in (*self.features, *self.validation_features)]).encode())
+        text = json.dumps([f.inputs for f in (*self.features, *self.validation_features)])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state

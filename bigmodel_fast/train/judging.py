@@ -12,6 +12,7 @@ from torch import Tensor
 from .._packed_weights import packed_weights
 from ..data import Example
 from ..data.buckets import by_length
+from . import durable
 from .classification import plot_confusion
 from .finetune_config import FinetuneConfig
 from .pretrained import Pretrained
@@ -53,7 +54,7 @@ def report_of(judgement: Judgement, task: Task) -> dict[str, Any]:
 
 def write_report(report: dict[str, Any], judgement: Judgement, out: Path) -> list[str]:
     """Writes report.json and, for classes, confusion.png into a folder; returns their names."""
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    durable.write_text(out / "report.json", json.dumps(report, indent=1) + "\n")
     if judgement.classification is None:
         return ["report.json"]
     plot_confusion(judgement.classification, out / "confusion.png")

@@ -243,13 +243,3 @@ def flops_per_token(model: torch.nn.Module, train: str) -> float:
     depths = depth_of(model)
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and depths[name] > 0)
     return (6.0 if train == "full" else 4.0) * matrices
-
-
-class TokenizerFile:
-    """A tokenizer of transformers as a checkpoint saves one."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-
-    def save(self, path: Path) -> None:
-        path.write_text(self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else "{}", encoding="utf-8")
