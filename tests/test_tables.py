@@ -62,7 +62,7 @@ BAD = {
     "not UTF-8": ("a.csv", b"text,label\na,b\n\xff\xfe,b\n", {}, "a.csv:3: not UTF-8 text"),
     "binary": ("a.tsv", b"text\tlabel\nab\0\tb\n", {}, "a.tsv:2: column 3: a zero byte"),
     "unknown names": ("a.csv", "what,how\na,b\nc,b\n", {}, "a.csv:1: no column of a known name (what, how)"),
-    "wrong name": ("a.csv", "text,label\na,b\n", {"label": "stars"}, ":1: columns.label: no column stars; there are text"),
+    "wrong name": ("a.csv", "text,label\na,b\n", {"label": "x"}, ":1: columns.label: no column x; there are text"),
     "no such field": ("a.csv", "text,label\na,b\n", {"source": "text"}, "columns.source: the task has no such column"),
     "three columns": ("a.csv", "a,b,c\n1,2,3\n", {}, "no column for text among a, b, c; tell it by --colu"),
     "not JSON": ("a.jsonl", '{"text": "a", "label": "b"}\n{"text": ', {}, "a.jsonl:2: not JSON"),

@@ -146,7 +146,7 @@ def _from_json(path: Path, fields: Sequence[Field], chosen: Mapping[str, str | N
 
 def _example(where: str, columns: Mapping[str, str], values: Mapping[str, Any], fields: Sequence[Field]) -> Example:
     for field in fields:
-        column = columns.get(field.name)
+        column = columns.get(field.name, field.name)
         if field.required and values.get(column) is None:
             raise DataError(f"{where}: column {column}: it is missing; this line has {', '.join(values) or 'nothing'}")
     return Example(where, columns, {name: values.get(column) for name, column in columns.items()})

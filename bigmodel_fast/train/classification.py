@@ -57,7 +57,9 @@ def classify(predicted: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Cla
     matrix = confusion_matrix(truth, guess, labels=numbers)
     return Classification(
         float((truth == guess).mean()),
-        *(float(share.mean()) for share in (precision, recall, f1)),
+        float(precision.mean()),
+        float(recall.mean()),
+        float(f1.mean()),
         float(matthews_corrcoef(truth, guess)),
         tuple(
             ClassReport(name, float(precision[i]), float(recall[i]), float(f1[i]), int(samples[i]))

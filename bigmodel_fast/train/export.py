@@ -14,7 +14,7 @@ def hugging_face_config(config: GPTConfig, end: int) -> Any:
     """The config of transformers for a GPT of this shape whose documents end with token `end`."""
     from transformers import GPT2Config, LlamaConfig
 
-    tokens = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    tokens: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     if config.layout == "gpt2":
         return GPT2Config(
             vocab_size=config.vocab_size, n_positions=config.context, n_embd=config.width, n_layer=config.layers,

@@ -40,6 +40,7 @@ from .signals import StopRequest
 from .tasks import Feature, Judgement
 
 BEST, MODEL_FOLDER, SCRATCH = "best.safetensors", "model", "from-scratch"
+_PROGRESS = ("best", "best_step", "without_gain", "stopped_early")  # attributes that a checkpoint keeps
 BAD_STEPS = 10  # in a row without a finite loss and gradient, after which a run gives up
 
 
@@ -118,6 +119,7 @@ class Finetuner:
         self.features = self.task.encode(self.examples)
         self.validation_features = self.task.encode(self.validation)
         torch.manual_seed(config.seed)
+        self.model: Any
         try:
             self.model, self.new = self.source.load(self.task, random=self.random)
             self.model.to(self.device)
@@ -339,10 +341,15 @@ class Finetuner:
             self.out / "checkpoints", step=self.step, model=self.model, optimizer=self.optimizer,
             tokenizer=None, keep=self.config.keep,
             state={
-                "objective": f"finetune {self.task.name}", "model": {}, "config": self.config.to_dict(), "dtype": self.dtype, "elapsed": self.elapsed,
-                "batches": self.batches.state_dict(), "examples": self._examples_checksum(),
-                "random": setup.random_state(self.device), "best": self.best, "best_step": self.best_step,
-                "without_gain": self.without_gain, "stopped_early": self.stopped_early,
+                "objective": f"finetune {self.task.name}",
+                "model": {},
+                "config": self.config.to_dict(),
+                "dtype": self.dtype,
+                "elapsed": self.elapsed,
+                "batches": self.batches.state_dict(),
+                "examples": self._examples_checksum(),
+                "random": setup.random_state(self.device),
+                **{key: getattr(self, key) for key in _PROGRESS},
             },
         )  # fmt: skip
         self.report.saved(self.checkpoint)
@@ -370,8 +377,8 @@ class Finetuner:
             self.batches.load_state_dict(state["batches"])
             setup.set_random_state(state["random"], self.device)
             self.step, self.elapsed, self.checkpoint = checkpoint.step, state["elapsed"], checkpoint.path
-            self.best, self.best_step = state["best"], state["best_step"]
-            self.without_gain, self.stopped_early = state["without_gain"], state["stopped_early"]
+            for key in _PROGRESS:
+                setattr(self, key, state[key])
         except (KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{checkpoint.path}: not of a run of this version's finetune") from None
 

@@ -97,7 +97,7 @@ class LoraConfig:
     """
 
     rank: int = 8
-    alpha: float = 16.0
+    alpha: int = 16
     dropout: float = 0.05
 
 

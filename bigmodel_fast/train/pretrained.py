@@ -187,7 +187,7 @@ def freeze_backbone(model: Any) -> None:
         raise ConfigError("train: frozen leaves nothing to train: this model's head is a part of its backbone")
 
 
-def add_lora(model: Any, task: Task, rank: int, alpha: float, dropout: float) -> Any:
+def add_lora(model: Any, task: Task, rank: int, alpha: int, dropout: float) -> Any:
     """The model with low-rank adapters (Hu et al. 2021) at all its dense layers; its head is trained whole."""
     from peft import LoraConfig, TaskType, get_peft_model
 

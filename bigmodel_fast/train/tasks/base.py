@@ -35,12 +35,12 @@ class TaskOptions:
 class Feature:
     """An example, or a part of one, as numbers; lists have an entry for each token and are padded."""
 
-    inputs: dict[str, list[int] | int]
+    inputs: dict[str, Any]  # lists of int, and numbers
     example: int  # its number among the examples it was made of
     extra: Any = None  # what judging needs
 
     def __len__(self) -> int:
-        return len(self.inputs["input_ids"])  # type: ignore[arg-type]
+        return len(self.inputs["input_ids"])
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class Task(ABC):
             if isinstance(first, int):
                 batch[key] = torch.tensor(values)
                 continue
-            longest = max(len(v) for v in values)  # type: ignore[arg-type]
-            batch[key] = torch.tensor([v + [pads.get(key, 0)] * (longest - len(v)) for v in values])  # type: ignore[operator]
+            longest = max(len(v) for v in values)
+            batch[key] = torch.tensor([v + [pads.get(key, 0)] * (longest - len(v)) for v in values])
         return batch
 
     def encoded(self, *texts: Any, **how: Any) -> Any:

@@ -60,7 +60,7 @@ class Causal(_Language):
             else:
                 raise e.error("text", "there is none, nor prompt and completion; tell it by --columns.text NAME")
         features += self._packed(texts) if self.options.pack else [self._feature(t, t, i) for i, t in texts]
-        return [f for f in features if any(label != IGNORED for label in f.inputs["labels"][1:])]  # type: ignore[index]
+        return [f for f in features if any(label != IGNORED for label in f.inputs["labels"][1:])]
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -96,8 +96,9 @@ def answers_of(example: Example) -> list[tuple[int, str]]:
     Column answers holds a text (its place in answer_start, else its first occurrence), a list of texts, or SQuAD's
     {"text": [...], "answer_start": [...]}.
     """
-    value, context = example.values["answers"], example.text("context")
-    starts: list[Any] = []
+    context = example.text("context")
+    value: Any = example.values["answers"]
+    starts: Any = []
     if isinstance(value, dict):
         value, starts = value.get("text"), value.get("answer_start") or []
     texts = [value] if isinstance(value, str) else value

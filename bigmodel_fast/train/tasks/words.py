@@ -83,7 +83,6 @@ class Words(Task):
             loss, words = loss + self._loss(logits, batch["labels"]).item() * count, words + count
             for feature, best in zip(features, logits.argmax(-1).cpu().tolist(), strict=True):
                 labels = feature.inputs["labels"]
-                assert isinstance(labels, list)
                 found = [names[n] for n, label in zip(best, labels, strict=False) if label != IGNORED]
                 predicted[feature.example][: len(found)] = found
         return self._judgement(loss / max(1, words), truth, predicted)
