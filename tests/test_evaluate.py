@@ -16,20 +16,25 @@ import torch  # noqa: E402
 
 from bigmodel_fast.cli import main  # noqa: E402
 from bigmodel_fast.train.attributions import explain  # noqa: E402
-from bigmodel_fast.train.evaluate import EvaluateConfig, evaluate  # noqa: E402
-from bigmodel_fast.train.finetune import finetune  # noqa: E402
+from bigmodel_fast.train.evaluation import EvaluateConfig, evaluate  # noqa: E402
 from bigmodel_fast.train.finetune_config import FinetuneConfig  # noqa: E402
+from bigmodel_fast.train.finetuning import finetune  # noqa: E402
 
 HOSTILE = "<script>alert('x')</script> & \"good\""
 
 
 def animals(most: int) -> list[dict[str, str]]:
-    """Texts that name a cat (label <cat>) or a dog; one of them is hostile to careless pages."""
+    """Texts that name a cat (label <cat>) or a dog."""
     rows = [
         {"text": f"i saw a {('cat', 'dog')[i % 2]} number {i % 7}", "label": ("<cat>", "dog")[i % 2]}
         for i in range(most)
     ]
-    return [*rows, {"text": f"{HOSTILE} cat", "label": "dog"}]
+    return rows
+
+
+def surprise() -> dict[str, str]:
+    """What a model of animals gets wrong, and careless pages too."""
+    return {"text": f"{HOSTILE} cat", "label": "dog"}
 
 
 def tuned(out: Path, model: str, data: str, task: str, **how: Any) -> dict[str, Any]:
@@ -44,9 +49,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, 
     """A run that tells cats from dogs, its data, and its report."""
     folder = tmp_path_factory.mktemp("animals")
     rows = animals(200)
-    data = write_lines(folder / "animals.jsonl", rows)
-    model = tiny_bert(folder / "bert", [r["text"] for r in rows])
-    report = tuned(folder / "run", model, data, "classify", steps=40, validation=data)
+    train = write_lines(folder / "train.jsonl", rows)
+    data = write_lines(folder / "animals.jsonl", [*rows[:40], surprise()])
+    model = tiny_bert(folder / "bert", [r["text"] for r in [*rows, surprise()]])
+    report = tuned(folder / "run", model, train, "classify", steps=40, validation=data)
     assert report["metrics"]["accuracy"] > 0.95
     return folder / "run", data, report
 
@@ -60,11 +66,11 @@ def test_a_run_is_measured_again(
     again = json.loads((folder / "evaluation" / "report.json").read_text())
     assert again["metrics"] == report["metrics"]
     assert again["confusion"] == report["confusion"]
-    assert "201 examples" in said
+    assert "41 examples" in said
     assert f"accuracy        {report['metrics']['accuracy']:12.4f}" in said
     assert (folder / "evaluation" / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
-    few = write_lines(tmp_path / "few.jsonl", animals(4))
+    few = write_lines(tmp_path / "few.jsonl", animals(5))
     out = tmp_path / "out"
     argv = [
         "--model",

@@ -13,7 +13,17 @@ import torch
 from bigmodel_fast.data import find_documents
 
 PACKAGES = ("transformers", "jsonargparse", "yaml", "safetensors", "matplotlib", "sklearn", "rich")  # that they need
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SCALE = 0.15  # of random weights, for a width of 32: at transformers' 0.02 little of a text would reach the head
+SHAPE = {
+    "initializer_range": SCALE,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+
+
+KINDS = {"def": "DEFINITION", "class": "DEFINITION", "if": "BRANCH", "else": "BRANCH", "for": "LOOP", "while": "LOOP"}
 
 
 def word_tokenizer(texts: Iterable[str], pair: bool = True) -> Any:
@@ -57,7 +67,9 @@ def tiny_gpt2(folder: Path, texts: Iterable[str]) -> str:
 
     tokenizer = word_tokenizer(texts, pair=False)
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=SCALE
+    )
     return save(GPT2LMHeadModel(config), tokenizer, folder)
 
 
@@ -69,7 +81,7 @@ def tiny_bart(folder: Path, texts: Iterable[str]) -> str:
     config = BartConfig(
         vocab_size=len(tokenizer), d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
-        pad_token_id=0, bos_token_id=4, eos_token_id=4, decoder_start_token_id=4, forced_eos_token_id=4,
+        init_std=SCALE, pad_token_id=0, bos_token_id=4, eos_token_id=4, decoder_start_token_id=4, forced_eos_token_id=4,
     )  # fmt: skip
     return save(BartForConditionalGeneration(config), tokenizer, folder)
 
@@ -86,7 +98,7 @@ def sources(most: int) -> list[str]:
 
 
 def tagged_code(most: int) -> list[dict[str, Any]]:
-    """Lines of the standard library with tags: names of functions, of classes, and of what is imported."""
+    """Words of the standard library with tags: those that define, that branch, and that repeat; `not in` is one."""
     rows = []
     for text in sources(most):
         try:
@@ -94,8 +106,10 @@ def tagged_code(most: int) -> list[dict[str, Any]]:
         except (tokenize.TokenError, SyntaxError):
             continue
         words = [t.string for t in tokens if t.type in (tokenize.NAME, tokenize.OP)]
-        kinds = {"def": "FUNCTION", "class": "CLASS", "import": "MODULE"}
-        tags = [f"B-{kinds[before]}" if before in kinds else "O" for before in ("", *words)][: len(words)]
+        tags = [f"B-{KINDS[word]}" if word in KINDS else "O" for word in words]
+        for i in range(len(words) - 1):
+            if words[i : i + 2] == ["not", "in"]:
+                tags[i : i + 2] = ["B-TEST", "I-TEST"]
         for start in range(0, len(words) - 30, 30):
             rows.append({"tokens": words[start : start + 30], "tags": tags[start : start + 30]})
     return [row for row in rows if set(row["tags"]) != {"O"}]

@@ -1,6 +1,6 @@
 """bigmodel-fast evaluate: measures a fine-tuned model; on request, which words it went by."""
 
-from ..train.evaluate import EvaluateConfig, evaluate
+from ..train.evaluation import EvaluateConfig, evaluate
 from .arguments import parse
 from .finetune import table
 

@@ -5,8 +5,8 @@ import sys
 from typing import Any
 
 from ..train import Evaluation, Reporter, Start
-from ..train.finetune import FinetuneResult, finetune
 from ..train.finetune_config import FinetuneConfig
+from ..train.finetuning import FinetuneResult, finetune
 from .arguments import parse
 from .progress import Bar, Lines
 

@@ -48,7 +48,7 @@ def report_of(judgement: Judgement, task: Task) -> dict[str, Any]:
     report: dict[str, Any] = {"task": task.name, "loss": judgement.loss, "metrics": judgement.metrics}
     if judgement.classification is not None:
         found = dataclasses.asdict(judgement.classification)
-        report |= {"classes": found["classes"], "confusion": found["confusion"]}
+        report |= {"classes": list(found["classes"]), "confusion": [list(row) for row in found["confusion"]]}
     return report | judgement.details
 
 

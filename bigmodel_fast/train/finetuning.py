@@ -175,8 +175,12 @@ class Finetuner:
                     report = self._finish() if self.finished else None
         finally:
             self.report.end()
-            self._lock.release()
+            self.close()
         return FinetuneResult(self.finished, self.step, self.step - self._first_step, self.checkpoint, report)
+
+    def close(self) -> None:
+        """Gives the run's folder free, of a run that is not to be trained; `run` does it at its end."""
+        self._lock.release()
 
     def _tell_start(self) -> None:
         everything = sum(p.numel() for p in self.model.parameters())
