@@ -33,6 +33,7 @@ LAYERS = (
     "data",
     "models",
     "train",
+    "plan",
     "benchmarks",
     "cli",
 )
@@ -155,7 +156,7 @@ def test_import_loads_torch_and_numpy_only() -> None:
     assert "bigmodel_fast.ops" in loaded
     allowed = {*sys.stdlib_module_names, "torch", "numpy", "bigmodel_fast"}
     assert {name.partition(".")[0] for name in loaded} <= allowed
-    late = {"nn", "optim", "data", "models", "train", "cli", "benchmarks"}
+    late = {"nn", "optim", "data", "models", "train", "plan", "cli", "benchmarks"}
     assert not {name for name in loaded if layer(name) in late}
 
 

@@ -12,11 +12,18 @@ from jsonargparse import ArgumentParser
 from ..train import ConfigError
 
 
-def parse(argv: list[str], command: str, source: type | Callable[..., Any], description: str) -> dict[str, Any]:
+def parse(
+    argv: list[str],
+    command: str,
+    source: type | Callable[..., Any],
+    description: str,
+    defaults: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """The values of a command's options, nested by group.
 
     Args:
         source: its fields or parameters are the options; its docstring explains them.
+        defaults: values by dotted key that stand in for the source's own.
 
     Raises:
         ConfigError: an unknown key, or a value of the wrong type; the message names the key.
@@ -30,6 +37,7 @@ def parse(argv: list[str], command: str, source: type | Callable[..., Any], desc
         parser.add_class_arguments(source)
     else:
         parser.add_function_arguments(source)
+    parser.set_defaults(defaults or {})
     flags = {f"--{name}" for name, kind in typing.get_type_hints(source).items() if kind is bool}
     try:
         with warnings.catch_warnings(action="ignore"):
