@@ -66,8 +66,19 @@ def prepare(
             except OSError:  # another run of the same corpus was first
                 if not ready.exists():
                     raise
-    kept = Tokenizer.load(ready / "tokenizer.json")
-    return TokenFiles(kept, *(np.load(ready / f"{split}.npy", mmap_mode="r") for split in ("train", "validation")))
+    try:
+        kept = Tokenizer.load(ready / "tokenizer.json")
+        return TokenFiles(kept, *(_tokens(ready / f"{s}.npy") for s in ("train", "validation")))
+    except (ValueError, OSError) as error:
+        raise DataError(f"{ready}: a damaged cache ({' '.join(str(error).split())[:200]}); remove it") from None
+
+
+def _tokens(path: Path) -> np.ndarray:
+    """A split as `_write` left it, mapped into memory; ValueError if it is something else."""
+    tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
+        raise ValueError(f"{path.name} is {tokens.dtype}{list(tokens.shape)}, not tokens")
+    return tokens
 
 
 def _split(texts: list[str], share: float) -> tuple[list[str], list[str]]:

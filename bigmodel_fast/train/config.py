@@ -75,6 +75,7 @@ class TrainConfig:
     """The run.
 
     Args:
+        objective: what the model learns: clm (a GPT predicts the next token).
         data: a text file or a folder of them. null: this machine's Python standard library.
         tokenizer: bpe (byte-level, trained on the data) or bytes.
         vocab_size: tokens of the bpe tokenizer, at least 257.
@@ -99,6 +100,7 @@ class TrainConfig:
         optim: optimizer, schedule and batch.
     """
 
+    objective: Literal["clm"] = "clm"
     data: str | None = None
     tokenizer: Literal["bpe", "bytes"] = "bpe"
     vocab_size: int = 2048
@@ -169,7 +171,7 @@ class TrainConfig:
         A step may be cut into other passes: batch and accumulation may change as long as their product does not.
         """
         mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
-        identity = ("tokenizer", "vocab_size", "seed")
+        identity = ("objective", "tokenizer", "vocab_size", "seed")
         different = [k for k in mine if (k in identity or k.startswith(("model.", "optim."))) and mine[k] != theirs[k]]
         passes = {"optim.batch", "optim.accumulation"}
         if self.optim.batch * self.optim.accumulation == other.optim.batch * other.optim.accumulation:
