@@ -83,7 +83,7 @@ def _spelled_out(argv: list[str], flags: set[str]) -> list[str]:
             name, equals, value = argument.partition("=")
             argument = "--" + name[2:].replace("-", "_") + equals + value
         spelled.append(argument)
-        if argument in flags and after not in ("true", "false"):
+        if argument in flags and (not after or after.startswith("--")):
             spelled.append("true")
     return spelled
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -66,6 +67,10 @@ class PlanConfig(TrainConfig):
             raise ConfigError(f"{given[1]}: the run's length is given by {given[0]} already; leave one out")
         if self.size is not None and self.hf is not None:
             raise ConfigError("hf: the model is given by size already; leave one out")
+        if self.budget is not None and self.hardware == THIS and self.price is None:
+            raise ConfigError("budget: the price of this machine is not known; give it with --price")
+        if self.chart is not None and not Path(self.chart).expanduser().absolute().parent.is_dir():
+            raise ConfigError(f"chart: there is no folder for {self.chart}")
 
 
 @dataclass(frozen=True)
@@ -140,8 +145,6 @@ def make_plan(config: PlanConfig, machine: Hardware | None = None) -> Plan:
     hardware, dtype = machine_of(config, machine)
     each = config.price if config.price is not None else hardware.price
     price = None if each is None else each * config.gpus
-    if config.budget is not None and price is None:
-        raise ConfigError("budget: the price of this machine is not known; give it with --price")
     found = options(shape, context, dtype, hardware, config.gpus, sequences)
     best = best_of(found)
     made = Plan(
