@@ -3,9 +3,10 @@
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,26 +49,41 @@ def prepare(
         OSError: the folder cannot be written.
     """
     documents = find_documents(data)
+
+    def write(made: Path) -> None:
+        texts = [p.read_text(encoding="utf-8", errors="replace") for p in documents]
+        _write(made, *_split(texts, validation_share), tokenizer, vocab_size, progress)
+
+    ready = kept(folder, documents, [tokenizer, vocab_size, validation_share], write)
+    return TokenFiles(
+        Tokenizer.load(ready / "tokenizer.json"),
+        *(np.load(ready / f"{split}.npy", mmap_mode="r") for split in ("train", "validation")),
+    )
+
+
+def kept(folder: Path, documents: Iterable[Path], settings: list[Any], write: Callable[[Path], None]) -> Path:
+    """The place in `folder` of what is made of these documents with these settings; made by `write` if it is not there.
+
+    It is there as a whole or not at all, whatever happens meanwhile.
+    """
     key = {
         "documents": [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in documents],
-        "settings": [tokenizer, vocab_size, validation_share],
+        "settings": settings,
     }
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     ready = folder / digest
     if not ready.exists():
-        texts = [p.read_text(encoding="utf-8", errors="replace") for p in documents]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder) as own:
             made = Path(own) / digest
             made.mkdir()
-            _write(made, *_split(texts, validation_share), tokenizer, vocab_size, progress)
+            write(made)
             try:
                 made.rename(ready)
-            except OSError:  # another run of the same corpus was first
+            except OSError:  # another run of the same was first
                 if not ready.exists():
                     raise
-    kept = Tokenizer.load(ready / "tokenizer.json")
-    return TokenFiles(kept, *(np.load(ready / f"{split}.npy", mmap_mode="r") for split in ("train", "validation")))
+    return ready
 
 
 def _split(texts: list[str], share: float) -> tuple[list[str], list[str]]:
