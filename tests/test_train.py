@@ -60,7 +60,7 @@ def fail() -> None:
 
 
 def checkpoints(config: TrainConfig) -> list[str]:
-    return sorted(p.name for p in (config.out_folder / "checkpoints").iterdir())
+    return sorted(p.name for p in (config.out_folder / "checkpoints").iterdir() if p.name != "LATEST")
 
 
 def without_times(lines: list[dict]) -> list[dict]:

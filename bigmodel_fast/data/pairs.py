@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .corpus import DataError
 from .tokenizer import Tokenizer
-from .tokens import kept
+from .tokens import kept, read_kept
 
 SPLITS = {"train": ("train",), "validation": ("val", "valid", "validation", "dev")}  # how files of each are named
 LINES = 4096  # to encode at once
@@ -150,11 +150,9 @@ def prepare_pairs(
     paths = [path for both in files.values() for path in both]
     ready = kept(folder, paths, ["pairs", tokenizer, vocab_size], write)
 
-    def load(split: str) -> Pairs:
-        names = (f"{split}-{side}{part}" for side in ("source", "target") for part in ("", "-starts"))
-        return Pairs(*(np.load(ready / f"{name}.npy", mmap_mode="r") for name in names))
-
-    return PairFiles(Tokenizer.load(ready / "tokenizer.json"), load("train"), load("validation"))
+    sides = [f"{side}{part}" for side in ("source", "target") for part in ("", "-starts")]
+    made_by, arrays = read_kept(ready, [f"{split}-{side}" for split in SPLITS for side in sides])
+    return PairFiles(made_by, Pairs(*arrays[:4]), Pairs(*arrays[4:]))
 
 
 class PairBatches:

@@ -55,10 +55,8 @@ def prepare(
         _write(made, *_split(texts, validation_share), tokenizer, vocab_size, progress)
 
     ready = kept(folder, documents, [tokenizer, vocab_size, validation_share], write)
-    return TokenFiles(
-        Tokenizer.load(ready / "tokenizer.json"),
-        *(np.load(ready / f"{split}.npy", mmap_mode="r") for split in ("train", "validation")),
-    )
+    made_by, (train, validation) = read_kept(ready, ("train", "validation"))
+    return TokenFiles(made_by, train, validation)
 
 
 def kept(folder: Path, documents: Iterable[Path], settings: list[Any], write: Callable[[Path], None]) -> Path:
@@ -84,6 +82,26 @@ def kept(folder: Path, documents: Iterable[Path], settings: list[Any], write: Ca
                 if not ready.exists():
                     raise
     return ready
+
+
+def read_kept(ready: Path, names: Iterable[str]) -> tuple[Tokenizer, list[np.ndarray]]:
+    """The tokenizer in a folder of `kept`, and arrays of token numbers and the like, mapped into memory.
+
+    Raises:
+        DataError: something there is not what was written.
+    """
+    try:
+        return Tokenizer.load(ready / "tokenizer.json"), [_numbers(ready / f"{name}.npy") for name in names]
+    except (ValueError, OSError) as error:
+        raise DataError(f"{ready}: a damaged cache ({' '.join(str(error).split())[:200]}); remove it") from None
+
+
+def _numbers(path: Path) -> np.ndarray:
+    """An array as it was written, mapped into memory; ValueError if it is something else."""
+    numbers = np.load(path, mmap_mode="r", allow_pickle=False)
+    if numbers.ndim != 1 or numbers.dtype not in (np.uint16, np.uint32, np.int64):
+        raise ValueError(f"{path.name} is {numbers.dtype}{list(numbers.shape)}, not tokens")
+    return numbers
 
 
 def _split(texts: list[str], share: float) -> tuple[list[str], list[str]]:
