@@ -143,6 +143,7 @@ WRONG: dict[str, list[tuple[list[str] | str, str]]] = {
         (["--data", "/nowhere/at/all"], "--data"),
         (["--model.heads", "5"], "model.width"),
         (["--chart", "/nowhere/plan.png", "--size", "7B", "--hardware", "h100"], "chart"),
+        (["--objective", "mlm"], "objective"),
         (["--threads", "0"], "threads"),
         (["--optim.batch", "0"], "optim.batch"),
         (["--vocab_size", "1"], "vocab_size"),

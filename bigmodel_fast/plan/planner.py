@@ -56,6 +56,8 @@ class PlanConfig(TrainConfig):
 
     def check(self) -> None:
         super().check()
+        if self.objective != "clm":
+            raise ConfigError(f"objective: only clm can be planned, got {self.objective}")
         for key in ("hours", "budget", "price"):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
@@ -191,7 +193,7 @@ def shape_of(config: PlanConfig) -> tuple[Shape, str]:
         return of_hugging_face(config.hf), config.hf
     if config.size is not None:
         return sized(amount(config.size, "size"), config.vocab_size, config.model.context), config.size
-    return Shape.of(config.model.gpt(config.vocab_size)), config.model.layout
+    return Shape.of(config.model.of(config.objective, config.vocab_size)), config.model.layout
 
 
 def tokens_wanted(config: PlanConfig, shape: Shape, tokens_per_step: int) -> float | None:

@@ -1,10 +1,18 @@
 """What a run can learn: one class for each setting of `objective`."""
 
+from collections.abc import Callable
+
 from ..config import TrainConfig
 from .base import Batch, Loader, Objective, Progress
 from .causal import CausalLM
+from .masked import MaskedLM
+from .translation import Translation
 
-OBJECTIVES: dict[str, type[CausalLM]] = {"clm": CausalLM}
+OBJECTIVES: dict[str, Callable[[TrainConfig, Progress], Objective]] = {
+    "clm": CausalLM,
+    "mlm": MaskedLM,
+    "seq2seq": Translation,
+}
 
 
 def make_objective(config: TrainConfig, progress: Progress = lambda done, total: None) -> Objective:
