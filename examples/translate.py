@@ -13,14 +13,23 @@ from pathlib import Path
 
 import torch
 import yaml
-from bigmodel_fast.benchmarks.bench_transformer import PlainTransformer, packed, padded
+from bigmodel_fast.benchmarks.bench_transformer import (
+    Pairs,
+    PlainTransformer,
+    loss_and_gradients,
+    our_loss,
+    packed,
+    padded,
+    plain_loss,
+)
 
 from bigmodel_fast.data import read_lines
-from bigmodel_fast.optim import AdamW
+from bigmodel_fast.optim import AdamW, clip_grad_norm_
 from bigmodel_fast.train import TrainConfig, load_checkpoint, pretrain, translate_lines
-from bigmodel_fast.train.objectives import make_objective
+from bigmodel_fast.train.objectives import Seq2Seq, make_objective
 from bigmodel_fast.train.setup import pick_dtype
 
+CPU = torch.device("cpu")
 RECIPE = Path(__file__).with_name("multi30k.yaml")
 
 
@@ -36,7 +45,7 @@ def bleu(run: Path, source: list[str], references: list[str], **search: object) 
     checkpoint = load_checkpoint(run)
     model, tokenizer = checkpoint.model(), checkpoint.tokenizer()
     started = time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16, enabled=pick_dtype("auto", torch.device("cpu")) == "bf16"):
+    with torch.autocast("cpu", torch.bfloat16, enabled=pick_dtype("auto", CPU) == "bf16"):
         found = list(translate_lines(model, tokenizer, source, **search))  # type: ignore[arg-type]
     metric = BLEU()
     score = metric.corpus_score(found, [references])
@@ -49,53 +58,46 @@ def bleu(run: Path, source: list[str], references: list[str], **search: object) 
 
 
 def step_times(config: TrainConfig, rounds: int) -> dict[str, list[float]]:
-    """Seconds of a step of ours and of torch.nn.Transformer's, in turns, on the same pairs of the training data.
+    """Seconds of a step of ours and of torch.nn.Transformer's, in turns, on pairs of the training data.
 
-    torch's takes its pairs as they come (padded), and as a loader that sorts by length would give them (bucketed).
+    torch's takes pairs as they come (padded), and as a loader that sorts by length gives them (bucketed).
     """
     objective = make_objective(config)
-    pairs, end, batch = objective.train, objective.tokenizer.end, config.optim.batch  # type: ignore[attr-defined]
-    draw = torch.Generator().manual_seed(config.seed)
-    order = torch.randperm(len(pairs), generator=draw).tolist()
-    by_length = sorted(order, key=lambda i: int(pairs.source_lengths[i] + pairs.target_lengths[i]))
-    middle = torch.randperm(len(order) // batch, generator=draw).tolist()
+    assert isinstance(objective, Seq2Seq)
+    pairs, end, batch = objective.train, objective.tokenizer.end, config.optim.batch
+    generator = torch.Generator().manual_seed(config.seed)
+    shuffled = torch.randperm(len(pairs), generator=generator)
+    lengths = torch.from_numpy(pairs.source_lengths + pairs.target_lengths)
+    alike = shuffled[lengths[shuffled].argsort(stable=True)].split(batch)
+    bucketed = torch.cat([alike[i] for i in torch.randperm(len(alike) - 1, generator=generator)])
 
-    def some(rows: list[int]) -> tuple[list[list[int]], list[list[int]]]:
-        def of(tokens, starts, i: int) -> list[int]:
-            return tokens[starts[i] : starts[i + 1]].tolist()
+    def drawn(order: torch.Tensor, step: int) -> Pairs:
+        rows = order[step * batch : (step + 1) * batch].tolist()
+        sources = [pairs.source[pairs.source_starts[i] : pairs.source_starts[i + 1]].tolist() for i in rows]
+        targets = [pairs.target[pairs.target_starts[i] : pairs.target_starts[i + 1]].tolist() for i in rows]
+        return sources, [[end, *target] for target in targets]
 
-        sources = [of(pairs.source, pairs.source_starts, i) for i in rows]
-        return sources, [[end, *of(pairs.target, pairs.target_starts, i)] for i in rows]
-
-    shape, smoothing = config.model.of("seq2seq", objective.tokenizer.vocab_size), config.seq2seq.label_smoothing
     torch.manual_seed(config.seed)
     ours = objective.build()
-    plain = PlainTransformer(shape)
+    plain = PlainTransformer(ours.config)
     plain.load_state_dict(ours.state_dict())
-    steps = {
-        "bigmodel_fast": (lambda b: ours(*packed(b, torch.device("cpu")), label_smoothing=smoothing), order),
-        "nn.Transformer, padded": (lambda b: plain.loss(*padded(b, torch.device("cpu"))), order),
-        "nn.Transformer, bucketed": (lambda b: plain.loss(*padded(b, torch.device("cpu"))), by_length),
+    update_ours = AdamW(ours.parameters(), lr=1e-4)
+    update_plain = torch.optim.AdamW(plain.parameters(), lr=1e-4, fused=True)
+    providers = {
+        "bigmodel_fast": (ours, our_loss, packed, shuffled, update_ours),
+        "nn.Transformer, padded": (plain, plain_loss, padded, shuffled, update_plain),
+        "nn.Transformer, bucketed": (plain, plain_loss, padded, bucketed, update_plain),
     }
-    o = config.optim
-    updates = {
-        name: (AdamW if model is ours else torch.optim.AdamW)(model.parameters(), lr=1e-4, betas=o.betas, **how)
-        for name, model, how in (("ours", ours, {}), ("plain", plain, {"fused": True}))
-    }
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(rounds + 1):
-        for name, (loss_of, rows) in steps.items():
-            place = middle[i % len(middle)] if rows is by_length else i
-            some_pairs = some(rows[place * batch : (place + 1) * batch])
-            updated = updates["ours" if loss_of is steps["bigmodel_fast"][0] else "plain"]
+    dtype = pick_dtype(config.dtype, CPU)
+    taken: dict[str, list[float]] = {name: [] for name in providers}
+    for step in range(rounds + 1):
+        for name, (model, loss_of, batched, order, updates) in providers.items():
+            made = batched(drawn(order, step), CPU)
             started = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=pick_dtype("auto", torch.device("cpu")) == "bf16"):
-                loss = loss_of(some_pairs)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(updated.param_groups[0]["params"], o.clip)
-            updated.step()
-            updated.zero_grad()
-            if i:  # the first is a warm-up
+            loss_and_gradients(model, loss_of, made, dtype)
+            clip_grad_norm_(model.parameters(), config.optim.clip)
+            updates.step()
+            if step:  # the first is a warm-up
                 taken[name].append(time.perf_counter() - started)
     return taken
 
