@@ -11,6 +11,7 @@ COMMANDS = {
     "pretrain": "train a GPT on text, from random weights",
     "train-image": "train an image classifier, and report what it gets wrong",
     "generate": "continue a text with a trained GPT",
+    "export": "the weights of a checkpoint as one safetensors file",
     "bench": "time the operators beside PyTorch's",
     "info": "this machine, this installation, and what they reach",
 }
