@@ -4,7 +4,7 @@ from bigmodel_fast.train import TrainConfig, pretrain
 pretrain(TrainConfig(data="my_texts", out="runs/mine", minutes=30))
 """
 
-from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from .checkpoint import Checkpoint, export, load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import ModelConfig, OptimConfig, TrainConfig
 from .errors import CheckpointError, ConfigError, TrainError
 from .images import ImageTrainConfig, ImageTrainer
@@ -34,6 +34,7 @@ __all__ = [
     "TrainConfig",
     "TrainError",
     "Trainer",
+    "export",
     "load_checkpoint",
     "newest_checkpoint",
     "pick_device",
