@@ -34,6 +34,7 @@ LAYERS = (
     "models",
     "_accelerate",
     "train",
+    "plan",
     "benchmarks",
     "cli",
 )
@@ -156,7 +157,7 @@ def test_import_loads_torch_and_numpy_only() -> None:
     assert "bigmodel_fast.ops" in loaded
     allowed = {*sys.stdlib_module_names, "torch", "numpy", "bigmodel_fast"}
     assert {name.partition(".")[0] for name in loaded} <= allowed
-    late = {"nn", "optim", "data", "models", "train", "cli", "benchmarks", "_accelerate"}
+    late = {"nn", "optim", "data", "models", "train", "plan", "cli", "benchmarks", "_accelerate"}
     assert not {name for name in loaded if layer(name) in late}
 
 

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from . import hugging_face, interface, layers, swap, transformer
+from . import unpad as unpadding
 
-AREAS = ("attention", "mlp", "norm", "loss", "rotary")
+AREAS = ("attention", "mlp", "norm", "loss", "rotary", "unpad")
+_SWITCHED_OFF = tuple(f"{area}=False" for area in AREAS)
 RECIPES: tuple[type[swap.Fast], ...] = (
     transformer.FastEncoderLayer,
     transformer.FastDecoderLayer,
@@ -23,6 +25,10 @@ RECIPES: tuple[type[swap.Fast], ...] = (
     hugging_face.FastBertAttention,
     hugging_face.FastBertOutput,
     hugging_face.FastBertLayer,
+    unpadding.FastHead,
+    unpadding.FastEncoderModel,
+    unpadding.FastEncoder,
+    unpadding.FastAttentionBlock,
     hugging_face.FastLlamaAttention,
     hugging_face.FastLanguageModel,
     layers.FastMLP,
@@ -80,6 +86,7 @@ def accelerate(
     norm: bool = True,
     loss: bool = True,
     rotary: bool = True,
+    unpad: bool | str = "auto",
     strict: bool = False,
 ) -> Report:
     """Makes a model compute with our operators, in place: this instance, not its classes.
@@ -100,6 +107,8 @@ def accelerate(
         norm: LayerNorm and RMSNorm.
         loss: the output layer and the loss of language models in one, while training; `logits` is then None.
         rotary: rotary position embeddings.
+        unpad: encoders work on tokens that are no padding, and in the last layer on those that are read. "auto": on
+            CPU, where the head on top is known not to read the others; True: always, and outputs of padding are 0.
         strict: raise where something of a known kind was left alone, or nothing was found.
 
     Returns:
@@ -111,7 +120,9 @@ def accelerate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got a {type(model).__name__}")
-    wanted = dict(zip(AREAS, (attention, mlp, norm, loss, rotary), strict=True))
+    if unpad not in (True, False, "auto"):
+        raise ValueError(f'accelerate: unpad must be True, False or "auto", got {unpad!r}')
+    wanted = dict(zip(AREAS, (attention, mlp, norm, loss, rotary, unpad), strict=True))
     rows, found, interfaces = [], [], []
     for name, module in _outermost_pretrained(model):
         rows.append(_examine_interface(name, module, attention))
@@ -121,14 +132,15 @@ def accelerate(
             row, recipe, how = _examine(name, module, wanted)
             rows += [row] if row else []
             if recipe is not None and row is not None and row.accelerated and not swap.is_fast(module):
-                found.append((module, recipe, how))
+                found.append((module, recipe, {**how, "wanted": wanted[recipe.area]}))
     report = Report(tuple(rows))
     if strict and not report.accelerated:
         raise RuntimeError("accelerate: nothing in the model is of a kind that can be accelerated")
-    if strict and report.left:
-        first = report.left[0]
+    left = [row for row in report.left if row.why not in _SWITCHED_OFF]
+    if strict and left:
+        first = left[0]
         raise RuntimeError(
-            f"accelerate: {len(report.left)} modules would be left alone, the first is {first.name or 'the model'} "
+            f"accelerate: {len(left)} modules would be left alone, the first is {first.name or 'the model'} "
             f"({first.kind}): {first.why}; switch strict off to accelerate the others"
         )
     for module in interfaces:
@@ -172,7 +184,7 @@ def _examine_interface(name: str, module: nn.Module, wanted: bool) -> Row:
 
 
 def _examine(
-    name: str, module: nn.Module, wanted: dict[str, bool]
+    name: str, module: nn.Module, wanted: dict[str, Any]
 ) -> tuple[Row | None, type[swap.Fast] | None, dict[str, Any]]:
     """The first recipe that knows a module, and what becomes of it."""
     kind = type(module).__name__

@@ -12,9 +12,10 @@ from .. import ops
 from ..ops._activation import activate
 from ..ops._heads import split_heads
 from ..ops.rotary import reference as rotary_reference
-from . import interface, probe, swap
+from . import interface, packing, probe, swap
 from .layers import dense_mlp
 from .swap import Fast, plan
+from .unpad import FIRST, asked_by, labels_ignore_padding
 
 # Classes whose forward is the one these recipes compute; transformers writes them as copies of the first.
 BERT_ATTENTIONS = (
@@ -51,11 +52,6 @@ MASKED_MODELS = (
 )
 
 
-def _is(module: nn.Module, names: tuple[str, ...]) -> bool:
-    cls = swap.original_class(module)
-    return cls.__name__ in names and cls.__module__.startswith("transformers.")
-
-
 def _linears(module: Any, names: tuple[str, ...]) -> str | None:
     children = tuple((name, module._modules.get(name), nn.Linear.forward) for name in names)
     return swap.first_not_plain(module, children)
@@ -85,7 +81,7 @@ class FastBertAttention(Fast):
 
     @classmethod
     def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
-        if not _is(module, BERT_ATTENTIONS):
+        if not interface.is_class(module, BERT_ATTENTIONS):
             return None
         return _linears(module, ("query", "key", "value")) or {}
 
@@ -96,7 +92,13 @@ class FastBertAttention(Fast):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
         if not swap.note(self, _linears(self, ("query", "key", "value"))):
             return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
-        q, k, v = _project(hidden_states, [self.query, self.key, self.value], self.attention_head_size)
+        layers = [self.query, self.key, self.value]
+        if kwargs.pop(FIRST, False):
+            (q,) = _project(packing.first_tokens(hidden_states, attention_mask), layers[:1], self.attention_head_size)
+            k, v = _project(hidden_states, layers[1:], self.attention_head_size)
+            attention_mask = interface.first_query(attention_mask)
+        else:
+            q, k, v = _project(hidden_states, layers, self.attention_head_size)
         p = self.dropout.p if self.training else 0.0
         y, weights = interface.attention_forward(
             self, q, k, v, attention_mask, dropout=p, scaling=self.scaling, **kwargs
@@ -111,7 +113,7 @@ class FastLlamaAttention(Fast):
 
     @classmethod
     def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
-        if not _is(module, LLAMA_ATTENTIONS):
+        if not interface.is_class(module, LLAMA_ATTENTIONS):
             return None
         rotate = getattr(sys.modules[swap.original_class(module).__module__], "apply_rotary_pos_emb", None)
         if not _rotates_halves(rotate):
@@ -255,8 +257,8 @@ class FastLanguageModel(Fast):
 
     @classmethod
     def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
-        causal = _is(module, CAUSAL_MODELS)
-        if not causal and not _is(module, MASKED_MODELS):
+        causal = interface.is_class(module, CAUSAL_MODELS)
+        if not causal and not interface.is_class(module, MASKED_MODELS):
             return None
         return _head_reason(module) or {"causal": causal}
 
@@ -276,6 +278,8 @@ class FastLanguageModel(Fast):
         ):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         loss_options = {name: kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels", "ignore_index")}
+        unpadded = not causal and not args[1:] and labels_ignore_padding(labels, kwargs.get("attention_mask"))
+        asked = asked_by(self, "tokens") if unpadded else {}
         head, inputs = self.get_output_embeddings(), []
 
         def keep_input(_: nn.Module, given: tuple[Tensor, ...]) -> Tensor:
@@ -284,7 +288,7 @@ class FastLanguageModel(Fast):
 
         hook = head.register_forward_pre_hook(keep_input)
         try:
-            outputs = super().forward(*args, **{**kwargs, "labels": None})  # type: ignore[misc]
+            outputs = super().forward(*args, **{**kwargs, **asked, "labels": None})  # type: ignore[misc]
         finally:
             hook.remove()
         loss = _loss(self, head, inputs[0], labels, causal, **loss_options)

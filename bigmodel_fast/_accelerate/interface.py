@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import _dispatch, ops
 from ..ops.attention import allowed_mask
+from . import packing, swap
 from .transformer import key_lengths
 
 NAME = "bigmodel_fast"
@@ -23,6 +24,12 @@ _SIGHT = "_bmf_sight"  # on a mask: its version, and the same as arguments of op
 
 
 # ---- which models ----
+
+
+def is_class(module: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether a module's class is one of transformers' of these names."""
+    cls = swap.original_class(module)
+    return cls.__name__ in names and cls.__module__.startswith("transformers.")
 
 
 def is_pretrained(module: nn.Module) -> bool:
@@ -114,6 +121,9 @@ def attention_forward(
         options = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "position_bias": position_bias}
         given = {name: option for name, option in options.items() if option is not None}
         return _by_original(module, query, key, value, attention_mask, causal, {**given, **kwargs})
+    bounds = packing.boundaries(attention_mask)
+    if bounds is not None:
+        return _packed(query, key, value, bounds, dropout_p=dropout, scale=scaling, softcap=softcap), None
     if causal and key.shape[2] > query.shape[2]:  # a cache with room behind what it holds
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     sight = sight_of(attention_mask) or {"is_causal": causal, "attn_mask": attention_mask}
@@ -138,6 +148,22 @@ def attention_forward(
     return y.transpose(1, 2).contiguous(), None
 
 
+def _packed(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, **options: Any) -> Tensor:
+    """Attention within the sequences of a packed batch, [1, H, T, D] to [1, T, H, D].
+
+    query may also hold the first token of each sequence alone, [1, H, B, D].
+    """
+    dtype = query.dtype
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key.to(dtype), value.to(dtype)))
+    grouped = query.shape[1] != key.shape[1]
+    first_only = len(q) != len(k)
+    begins = torch.arange(len(bounds), device=bounds.device) if first_only else bounds
+    longest = int(bounds.diff().max()) if query.is_cuda else None
+    return ops.attention_varlen(
+        q, k, v, begins, bounds, 1 if first_only else longest, longest, enable_gqa=grouped, **options
+    )[None]
+
+
 def attention_mask(
     batch_size: int,
     q_length: int,
@@ -157,6 +183,17 @@ def attention_mask(
         if sight is not None:
             setattr(mask, _SIGHT, (mask._version, sight))
     return mask
+
+
+def first_query(mask: Tensor | None) -> Tensor | None:
+    """A mask for the first query of each sequence; keys may be hidden by their length only."""
+    if mask is None or packing.boundaries(mask) is not None:
+        return mask
+    first = mask[:, :, :1]
+    sight = sight_of(mask)
+    if sight is not None and not sight["is_causal"] and sight["window"] is None:
+        setattr(first, _SIGHT, (first._version, sight))
+    return first
 
 
 def sight_of(mask: Tensor | None) -> dict[str, Any] | None:

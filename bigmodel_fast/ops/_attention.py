@@ -71,6 +71,7 @@ class _Attention(torch.autograd.Function):
         wants_bias = ctx.needs_input_grad[3]
         shape = (1,) * (4 - bias.dim()) + tuple(bias.shape) if wants_bias else ()
         packed = query.dim() == 4 and query.shape[2] == key.shape[2] and not torch.compiler.is_compiling()
+        packed = packed and not hasattr(query, "to_local")  # the parts of a DTensor are apart
         grad_query, grad_key, grad_value, grad_bias = torch.ops.bigmodel_fast.attention_bwd(
             grad_out, query, key, value, out, stats, expanded, *tensors, *ctx.options, shape, packed
         )

@@ -4,7 +4,7 @@ from bigmodel_fast.train import TrainConfig, pretrain
 pretrain(TrainConfig(data="my_texts", out="runs/mine", minutes=30))
 """
 
-from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from .checkpoint import Checkpoint, export, load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import ModelConfig, OptimConfig, TrainConfig
 from .errors import CheckpointError, ConfigError, TrainError
 from .evaluation import EvaluateConfig, evaluate
@@ -16,6 +16,7 @@ from .metrics import MetricsLog, plot_losses, read_metrics
 from .mlp import EpochResult, MLPTrainer
 from .report import Evaluation, Reporter, Start, Step
 from .setup import pick_device, pick_dtype
+from .translate import translate_lines
 
 __all__ = [
     "Checkpoint",
@@ -41,6 +42,7 @@ __all__ = [
     "TrainError",
     "Trainer",
     "evaluate",
+    "export",
     "finetune",
     "load_checkpoint",
     "newest_checkpoint",
@@ -50,4 +52,5 @@ __all__ = [
     "pretrain",
     "read_metrics",
     "save_checkpoint",
+    "translate_lines",
 ]

@@ -99,7 +99,7 @@ class Finetuner:
         self.dtype = pick_dtype(config.dtype, self.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        checkpoint = setup.find_checkpoint(config, self.report.message)  # type: ignore[arg-type]
+        checkpoint = setup.find_own_checkpoint(config, self.report.message)
         self._load()
         made = setup.open_folder(self.out)
         self._lock = RunLock(self.out)

@@ -20,16 +20,24 @@ class MetricsLog:
 
     def __init__(self, folder: Path, after: int = 0, tensorboard: bool = False):
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["step"] <= after]
-        unfinished = self.path.with_suffix(".unfinished")
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(unfinished, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._open(after)
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
+
+    def _open(self, after: int) -> None:
+        kept = [line for line in read_metrics(self.path) if line["step"] <= after]
+        unfinished = self.path.with_suffix(".unfinished")
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(unfinished, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def rewind(self, after: int) -> None:
+        """Drops the lines of steps later than `after`: the run has gone back."""
+        self._file.close()
+        self._open(after)
 
     def step(self, step: Step) -> None:
         """Loss, learning rate, gradient norm and speed of one step."""
