@@ -101,7 +101,7 @@ def describe(start: Start) -> str:
     """The run about to begin, on two lines."""
     resumed = f", resumed after step {start.step}" if start.step else ""
     return (
-        f"GPT of {start.parameters / 1e6:.2f} million parameters, vocabulary {start.vocab_size}, "
+        f"{start.model} of {start.parameters / 1e6:.2f} million parameters, vocabulary {start.vocab_size}, "
         f"{start.dtype} on {start.device}, {start.threads} threads\n"
         f"{start.train_tokens:,} tokens of text, {start.validation_tokens:,} to validate; "
         f"{start.tokens_per_step:,} a step; in {start.out}{resumed}"

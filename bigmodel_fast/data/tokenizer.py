@@ -41,11 +41,14 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
         text = path.read_text(encoding="utf-8")
-        if json.loads(text).get("type") == "bytes":
+        if len(text) < 100 and json.loads(text) == {"type": "bytes"}:
             return cls()
         import tokenizers
 
-        return cls(tokenizers.Tokenizer.from_str(text))
+        tokenizer = cls(tokenizers.Tokenizer.from_str(text))
+        if tokenizer.end is None:
+            raise ValueError(f"{path}: has no token {END}")
+        return tokenizer
 
     def save(self, path: Path) -> None:
         """One JSON file; that of a BPE is the `tokenizers` library's own."""

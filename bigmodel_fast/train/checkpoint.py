@@ -1,20 +1,20 @@
 """Checkpoints: folders of safetensors and JSON (never pickle) that are whole or not there.
 
+    <run>/checkpoints/LATEST       the name of the newest one
     <run>/checkpoints/step-00000400/
         model.safetensors      weights
         optimizer.safetensors  states of the optimizer, named <parameter>/<state>
-        tokenizer.json
+        tokenizer.json         of runs that have one
         state.json             everything else, and size and SHA-256 of the other files
 
 One is written under another name, flushed to the disk and renamed, so a crash or a full disk leaves the ones before it
-as they were; only then are old ones removed.
+as they were; only then are old ones removed. Runs over several ranks may write shards instead (`sharded`).
 """
 
-import hashlib
+import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,24 @@ import torch
 from torch import Tensor
 
 from ..data import Tokenizer
-from ..models import GPT, GPTConfig
+from ..models import BERT, GPT, BERTConfig, GPTConfig, Transformer, TransformerConfig
+from . import durable, safefiles
 from .errors import CheckpointError
+from .safefiles import damaged, read_tensors, write_tensors
 
+MODELS: dict[str, tuple[Any, Any]] = {  # by objective: a model, and the class of its config
+    "clm": (GPT, GPTConfig),
+    "mlm": (BERT, BERTConfig),
+    "seq2seq": (Transformer, TransformerConfig),
+}
 FORMAT = 1  # raised when older readers would misread the folder
 STATE, MODEL, OPTIMIZER, TOKENIZER = "state.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json"
+LATEST = "LATEST"
+SCORE = "validation_loss"  # of state.json: the best checkpoint has the lowest
+BUFFER_BYTES = 64 << 20  # a model may hold so much beside its weights, and four times as much as them
+OTHER_BYTES = 64 << 20  # of a file that holds no tensors
+
+Tensors = dict[str, Tensor]
 
 
 @dataclass
@@ -41,14 +54,54 @@ class Checkpoint:
     def step(self) -> int:
         return self.state["step"]
 
-    def model(self, device: str | torch.device = "cpu") -> GPT:
-        """The model with its weights, in evaluation mode."""
-        model = GPT(GPTConfig(**self.state["model"])).to(device)
+    @property
+    def objective(self) -> str:
+        """What its model was trained for; checkpoints from before there was a choice do not say it."""
+        return str(self.state.get("objective", "clm"))
+
+    def model(self, device: str | torch.device = "cpu") -> Any:
+        """The model with its weights, in evaluation mode; of the class that its objective trains."""
+        if self.objective not in MODELS:
+            raise CheckpointError(f"{self.path}: of objective {self.objective}, which this version does not know")
+        make, config = MODELS[self.objective]
+        model = self.build(lambda: make(config(**self.state["model"]))).to(device)
         self.restore(model)
         return model.eval()
 
+    def build(self, make: Callable[[], Any]) -> Any:
+        """What `make` makes of "model" in the state, once it is known to be no larger than the weights here.
+
+        Raises:
+            CheckpointError: a shape that no model has, or another than the weights'.
+        """
+        shapes = {name: entry.shape for name, entry in safefiles.read_header(self.path / MODEL).items()}
+        elements = sum(map(math.prod, shapes.values()))
+        fields = self.state["model"].items() if isinstance(self.state["model"], dict) else ()
+        for name, value in fields:
+            if isinstance(value, int) and value > (len(shapes) if name == "layers" else max(elements, 1 << 20)):
+                raise CheckpointError(f"{self.path}: its model has {name} {value}, but {elements} weights in all")
+        try:
+            with torch.device("meta"):
+                model = make()
+            others = sum(b.numel() * b.element_size() for b in model.buffers())
+        except (TypeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.path}: its model cannot be made ({error})") from None
+        if {k: tuple(v.shape) for k, v in model.state_dict().items()} != shapes:
+            raise CheckpointError(f"{self.path}: its weights are those of another model")
+        if others > BUFFER_BYTES + 16 * elements:
+            raise CheckpointError(f"{self.path}: its model would take {others} bytes beside its weights")
+        return make()
+
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.path / TOKENIZER)
+        """CheckpointError if its file is none of a tokenizer."""
+        path = self.path / TOKENIZER
+        safefiles.plain_file(path)
+        try:
+            return Tokenizer.load(path)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the tokenizers library raises Exception itself, and panics that are none
+            damaged(path, f"is no tokenizer: {' '.join(str(error).split())[:200]}")
 
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Loads the weights into `model`, and what belongs to its parameters into `optimizer`.
@@ -57,17 +110,22 @@ class Checkpoint:
             CheckpointError: they are those of another model.
         """
         try:
-            model.load_state_dict(_read(self.path / MODEL))
+            model.load_state_dict(read_tensors(self.path / MODEL))
         except RuntimeError:
             raise CheckpointError(f"{self.path}: its weights are those of another model") from None
-        if optimizer is None:
-            return
-        names = _names(model, optimizer)
-        states: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in _read(self.path / OPTIMIZER).items():
+        if optimizer is not None:
+            self.restore_optimizer(read_tensors(self.path / OPTIMIZER), model, optimizer)
+
+    def restore_optimizer(self, tensors: Tensors, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """States named <parameter>/<state>, into the optimizer of the model's parameters."""
+        names, parameters = parameter_names(model, optimizer), dict(model.named_parameters())
+        states: dict[int, Tensors] = {}
+        for key, tensor in tensors.items():
             name, _, part = key.rpartition("/")
             if name not in names:
                 raise CheckpointError(f"{self.path}: its optimizer has a state for {name}, which the model lacks")
+            if tensor.dim() and tensor.shape != parameters[name].shape:
+                raise CheckpointError(f"{self.path}: its optimizer's {key} has the shape {list(tensor.shape)}")
             states.setdefault(names.index(name), {})[part] = tensor
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -78,54 +136,92 @@ def save_checkpoint(
     step: int,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     state: dict[str, Any],
     keep: int = 2,
+    keep_best: int = 0,
 ) -> Path:
     """Writes `folder`/step-<step>, then removes older ones there beyond the newest `keep`; returns its path.
 
     Args:
-        state: what else resuming needs, of what JSON can hold; at least "model", the fields of the GPTConfig.
+        state: what else resuming needs, of what JSON can hold; at least "objective", and "model", the fields of its
+            config.
+        keep_best: keep so many more, those whose "validation_loss" in the state is lowest.
 
     Raises:
         OSError: it could not be written. The checkpoints before it are intact.
     """
+    weights, states = model_tensors(model), optimizer_tensors(model, optimizer)
+
+    def fill(unfinished: Path) -> None:
+        write_tensors(weights, unfinished / MODEL)
+        write_tensors(states, unfinished / OPTIMIZER)
+
+    return write_checkpoint(folder, step, fill, tokenizer, state, keep, keep_best)
+
+
+def write_checkpoint(
+    folder: Path,
+    step: int,
+    fill: Callable[[Path], None],
+    tokenizer: Tokenizer | None,
+    state: dict[str, Any],
+    keep: int,
+    keep_best: int = 0,
+) -> Path:
+    """As `save_checkpoint`, with tensors that `fill` writes into the folder it is given."""
     final = folder / f"step-{step:08d}"
-    unfinished = folder / f"{final.name}.unfinished"
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        write_tensors(model, optimizer, unfinished)
-        tokenizer.save(unfinished / TOKENIZER)
-        files = {f.name: {"bytes": f.stat().st_size, "sha256": _digest(f)} for f in sorted(unfinished.iterdir())}
+
+    def fill_all(unfinished: Path) -> None:
+        fill(unfinished)
+        if tokenizer is not None:
+            tokenizer.save(unfinished / TOKENIZER)
+        written = sorted(unfinished.iterdir())
+        files = {f.name: {"bytes": f.stat().st_size, "sha256": durable.digest(f)} for f in written}
         text = json.dumps({"format": FORMAT, "step": step, **state, "files": files}, indent=1)
         (unfinished / STATE).write_text(text + "\n", encoding="utf-8")
-        for path in (*unfinished.iterdir(), unfinished):
-            _flush(path)
-        if final.exists():  # a damaged one that the run went past
-            shutil.rmtree(final)
-        unfinished.rename(final)
-        _flush(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+
+    durable.write_folder(final, fill_all)
+    durable.write_text(folder / LATEST, final.name + "\n")
     older = [path for path in _newest_first(folder) if path.name < final.name]
+    best = sorted([*older, final], key=_score)[:keep_best]
     for path in older[keep - 1 :]:
-        shutil.rmtree(path, ignore_errors=True)
+        if path not in best or _score(path) == math.inf:
+            durable.remove_folder(path)
+    for path in folder.glob(f"step-*{durable.REMOVED}"):  # a crash came between its two halves
+        durable.remove_folder(path)
     return final
+
+
+def _score(path: Path) -> float:
+    """A checkpoint's validation loss; infinity for one without, or whose state cannot be read."""
+    with contextlib.suppress(CheckpointError, KeyError, TypeError, ValueError):
+        score = float(safefiles.read_json(path / STATE)[SCORE])
+        return math.inf if math.isnan(score) else score
+    return math.inf
+
+
+def model_tensors(model: torch.nn.Module) -> Tensors:
+    """The weights by name; the model's own, not copies."""
+    return model.state_dict()
+
+
+def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """States of the optimizer as <parameter>/<state>; its own, not copies."""
+    names = parameter_names(model, optimizer)
+    states = optimizer.state_dict()["state"]
+    return {f"{names[i]}/{k}": v for i, s in states.items() for k, v in s.items()}
+
+
+def parameter_names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The name of each parameter of the optimizer, in the order its state dict counts them."""
+    named = {parameter: name for name, parameter in model.named_parameters()}
+    return [named[p] for group in optimizer.param_groups for p in group["params"]]
 
 
 def write_model(model: torch.nn.Module, path: Path) -> None:
     """The weights as one safetensors file."""
-    _write(model.state_dict(), path)
-
-
-def write_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Weights and states of the optimizer, as `Checkpoint.restore` reads them."""
-    write_model(model, folder / MODEL)
-    names = _names(model, optimizer)
-    states = optimizer.state_dict()["state"]
-    _write({f"{names[i]}/{k}": v for i, s in states.items() for k, v in s.items()}, folder / OPTIMIZER)
+    write_tensors(model_tensors(model), path)
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -137,21 +233,21 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path).expanduser()
     if (path / STATE).exists() or not (path / "checkpoints").is_dir():
         return _verified(path)
-    checkpoint, damaged = newest_checkpoint(path)
+    checkpoint, damage = newest_checkpoint(path)
     if checkpoint is None:
-        raise CheckpointError(damaged[0] if damaged else f"{path}: no checkpoint in it")
+        raise CheckpointError(damage[0] if damage else f"{path}: no checkpoint in it")
     return checkpoint
 
 
 def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest good checkpoint of a run's folder, if any, and what is wrong with those after it."""
-    damaged: list[str] = []
+    damage: list[str] = []
     for path in checkpoint_folders(run):
         try:
-            return _verified(path), damaged
+            return _verified(path), damage
         except CheckpointError as error:
-            damaged.append(str(error))
-    return None, damaged
+            damage.append(str(error))
+    return None, damage
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
@@ -164,76 +260,33 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _verified(path: Path) -> Checkpoint:
+    if not (path / STATE).is_symlink() and not (path / STATE).exists():
+        raise CheckpointError(f"{path}: no checkpoint here ({STATE} is missing)")
+    state = safefiles.read_json(path / STATE)
     try:
-        text = (path / STATE).read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path}: no checkpoint here ({STATE}: {error.strerror})") from None
-    try:
-        state = json.loads(text)
         if state["format"] != FORMAT:
-            raise CheckpointError(f"{path}: of format {state['format']}, this version reads format {FORMAT}")
-        files = {name: (int(f["bytes"]), str(f["sha256"])) for name, f in state["files"].items()}
-        complete = {MODEL, OPTIMIZER, TOKENIZER} <= files.keys() and {"step", "model"} <= state.keys()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path}: of format {str(state['format'])[:20]}, this version reads format {FORMAT}")
+        files = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in state["files"].items()}
+        whole = {"step", "model"} <= state.keys() and type(state["step"]) is int and state["step"] >= 0
+        complete = whole and {MODEL, OPTIMIZER} <= files.keys()
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         if isinstance(error, CheckpointError):
             raise
         complete = False
     if not complete:
         raise CheckpointError(f"{path}: damaged ({STATE} is not that of a checkpoint)")
-    for name, (size, digest) in files.items():
+    for name in files:
+        if not safefiles.plain_name(name):
+            raise CheckpointError(f"{path}: damaged ({STATE} names {name[:80]!r}, which is no file in its folder)")
+    for name, (size, _) in files.items():
         file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{path}: damaged ({name} is missing)")
-        if file.stat().st_size != size:
-            raise CheckpointError(f"{path}: damaged ({name} has {file.stat().st_size} bytes of {size})")
-        if _digest(file) != digest:
-            raise CheckpointError(f"{path}: damaged ({name} is not what was written)")
+        if (there := safefiles.plain_file(file)) != size:
+            damaged(file, f"has {there} bytes of {size}")
+        if name.endswith(".safetensors"):
+            safefiles.read_header(file)
+        elif size > OTHER_BYTES:
+            damaged(file, f"has {size} bytes; at most {OTHER_BYTES} are read")
+    for name, (_, expected) in files.items():
+        if durable.digest(path / name) != expected:
+            damaged(path / name, "is not what was written")
     return Checkpoint(path, state)
-
-
-def _names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """The name of each parameter of the optimizer, in the order its state dict counts them."""
-    named = {parameter: name for name, parameter in model.named_parameters()}
-    return [named[p] for group in optimizer.param_groups for p in group["params"]]
-
-
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # a full disk, most likely
-        raise OSError(f"{path.name}: {error}") from None
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path.parent}: {path.name} cannot be read ({error})") from None
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as f:
-        while block := f.read(1 << 22):
-            yield block
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    for block in _blocks(path):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The training loop: a GPT from random weights on text, to be stopped and taken up again at any step.
+"""The training loop: a model from random weights on text, to be stopped and taken up again at any step.
 
 A run that is resumed goes on with the same bits as one that never stopped: weights, optimizer, position in the data,
 schedule and random numbers are in the checkpoint. (Under a budget of minutes the schedule follows the clock; a batch
@@ -11,18 +11,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .._packed_weights import packed_weights
-from ..models import GPT
 from ..optim import cosine
 from . import setup
 from .checkpoint import Checkpoint, save_checkpoint
 from .config import TrainConfig
 from .errors import CheckpointError, TrainError, is_out_of_memory
 from .metrics import MetricsLog, plot_losses
+from .objectives import Batch, make_objective
 from .passes import Feed, GraphedPass
 from .report import Evaluation, Reporter, Start, Step
 from .signals import StopRequest
@@ -42,7 +43,7 @@ class Result:
 
 
 def pretrain(config: TrainConfig, reporter: Reporter | None = None) -> Result:
-    """Trains a GPT as `config` says; returns when the budget is spent or a signal asks to stop.
+    """Trains a model as `config` says; returns when the budget is spent or a signal asks to stop.
 
     Raises:
         ConfigError, DataError, CheckpointError: before any training.
@@ -82,16 +83,14 @@ class Trainer:
             torch.set_num_threads(config.threads)
 
         try:
-            self.files = setup.tokenize(config, self.report.preparing)
+            self.objective = make_objective(config, self.report.preparing)
         finally:
             self.report.prepared()
-        self.batches, self.validation = setup.make_batches(config, self.files)
-        self._corpus = setup.fingerprint(self.files)
-        self._byte_lengths = setup.byte_lengths(self.files.tokenizer)
-        self.feed = Feed(self.batches, self.device)
+        self._byte_lengths = setup.byte_lengths(self.objective.tokenizer)
+        self.feed = Feed(self.objective.batches, self.device)
         torch.manual_seed(config.seed)
         try:
-            self.model = GPT(config.model.gpt(self.files.tokenizer.vocab_size)).to(self.device)
+            self.model = self.objective.build().to(self.device)
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise TrainError(
@@ -103,7 +102,7 @@ class Trainer:
             GraphedPass(self._run_pass, list(self.model.parameters())) if config.cuda_graphs else self._run_pass
         )
         self.optimizer = setup.make_optimizer(self.model, config)
-        self._flops_per_token = self.model.flops_per_token(config.model.context)
+        self._flops_per_token = self.objective.flops_per_token(self.model)
 
         self.step, self.elapsed = 0, 0.0
         self.evaluation: Evaluation | None = None
@@ -111,12 +110,8 @@ class Trainer:
         self._bad_steps = 0
         if checkpoint is not None:
             self._resume(checkpoint)
+        self._validation = self.objective.validation()
         self._first_step, self._first_elapsed, self._first_progress = self.step, self.elapsed, self.progress
-
-    @property
-    def tokens_per_step(self) -> int:
-        o = self.config.optim
-        return o.batch * o.accumulation * self.config.model.context
 
     @property
     def progress(self) -> float:
@@ -190,10 +185,12 @@ class Trainer:
         optim, start, learning_rate = self.config.optim, time.perf_counter(), self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        parts = []
+        parts, tokens = [], 0
         with packed_weights(self.model.parameters() if optim.accumulation > 1 else ()):
             for _ in range(optim.accumulation):
-                parts.append(self._pass(*self.feed.next()))
+                batch = self.feed.next()
+                parts.append(self._pass(*batch))
+                tokens += self.objective.tokens(*batch)
                 self.feed.look_ahead()
         loss = sum(part.item() for part in parts)
         norm = self.optimizer.clip_grad_norm(optim.clip or math.inf).item()
@@ -203,7 +200,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=not self.config.cuda_graphs)
         self.step += 1
         self._tick()
-        self._report_step(loss, learning_rate, norm, time.perf_counter() - start)
+        self._report_step(loss, learning_rate, norm, tokens / (time.perf_counter() - start))
         self._bad_steps = 0 if good else self._bad_steps + 1
         if self._bad_steps == BAD_STEPS:
             raise TrainError(
@@ -211,31 +208,36 @@ class Trainer:
                 f"try a lower optim.lr or a longer optim.warmup{self._what_is_saved()}"
             )
 
-    def _run_pass(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def _run_pass(self, *batch: Tensor) -> Tensor:
         """Adds the gradients of a pass to those there are; its share of the step's loss."""
-        part = self._loss(self._forward, tokens, targets) / self.config.optim.accumulation
+        part = self._loss(self._forward, batch) * self.objective.share(*batch)
         part.backward()
         return part.detach()
 
-    def _loss(self, model: Callable[..., Tensor], tokens: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, model: Callable[..., Tensor], batch: Batch) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
-            return model(tokens.to(self.device), targets.to(self.device))
+            return self.objective.loss(model, *(t.to(self.device) for t in batch))
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        batches = self.validation.spread(max(1, self.config.eval_sequences // self.validation.batch))
+        nats, count, size = 0.0, 0, 0
+        self.model.eval()
         with packed_weights(self.model.parameters()):
-            loss = sum(self._loss(self.model, *batch).item() for batch in batches) / len(batches)
-        nats = loss * sum(targets.numel() for _, targets in batches)
-        size = sum(int(self._byte_lengths[targets.numpy()].sum()) for _, targets in batches)
+            for batch in self._validation:
+                targets = self.objective.targets(*batch)
+                nats += self._loss(self.model, batch).item() * targets.numel()
+                count += targets.numel()
+                size += int(self._byte_lengths[targets.numpy()].sum())
+        self.model.train()
+        loss = nats / count
         self.evaluation = Evaluation(
             self.step, loss, math.exp(min(loss, 700.0)), bits_per_byte=nats / math.log(2) / max(1, size)
         )
         self._log.evaluation(self.evaluation)
         self.report.evaluation(self.evaluation)
 
-    def _report_step(self, loss: float, learning_rate: float, norm: float, seconds: float) -> None:
-        rate, gained = self.tokens_per_step / seconds, self.progress - self._first_progress
+    def _report_step(self, loss: float, learning_rate: float, norm: float, rate: float) -> None:
+        gained = self.progress - self._first_progress
         step = Step(
             step=self.step,
             loss=loss,
@@ -252,11 +254,12 @@ class Trainer:
 
     def _start(self) -> Start:
         return Start(
-            parameters=self.model.parameter_count(),
-            train_tokens=len(self.files.train),
-            validation_tokens=len(self.files.validation),
-            tokens_per_step=self.tokens_per_step,
-            vocab_size=self.files.tokenizer.vocab_size,
+            model=self.objective.model_name,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            train_tokens=self.objective.train_tokens,
+            validation_tokens=self.objective.validation_tokens,
+            tokens_per_step=self.objective.tokens_per_step,
+            vocab_size=self.objective.tokenizer.vocab_size,
             device=self.device.type,
             dtype=self.dtype,
             threads=torch.get_num_threads(),
@@ -271,15 +274,16 @@ class Trainer:
             step=self.step,
             model=self.model,
             optimizer=self.optimizer,
-            tokenizer=self.files.tokenizer,
+            tokenizer=self.objective.tokenizer,
             keep=self.config.keep,
             state={
-                "model": dataclasses.asdict(self.model.config),
+                "objective": self.config.objective,
+                "model": dataclasses.asdict(cast(Any, self.model.config)),
                 "config": self.config.to_dict(),
                 "dtype": self.dtype,
                 "elapsed": self.elapsed,
                 "batches": self.feed.state_dict(),
-                "corpus": self._corpus,
+                "corpus": self.objective.corpus,
                 "random": setup.random_state(self.device),
             },
         )
@@ -294,7 +298,7 @@ class Trainer:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        if state["corpus"] != self._corpus:
+        if state["corpus"] != self.objective.corpus:
             raise CheckpointError(f"{checkpoint.path}: trained on another text than there is at data now")
         checkpoint.restore(self.model, self.optimizer)
         self.feed.load_state_dict(state["batches"])

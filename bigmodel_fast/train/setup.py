@@ -1,10 +1,9 @@
-"""What a run needs before its first step: a device, a folder, the checkpoint it goes on from, data, an optimizer."""
+"""What a run needs before its first step: a device, a folder, the checkpoint it goes on from, an optimizer."""
 
 import base64
 import contextlib
 import importlib.util
 import tempfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +12,7 @@ import torch
 
 from .. import cpu_isa
 from .._machine import cannot_compile
-from ..data import Batches, DataError, TokenFiles, Tokenizer, prepare
-from ..models import GPT
+from ..data import Tokenizer
 from ..optim import AdamW
 from .checkpoint import Checkpoint, checkpoint_folders, load_checkpoint, newest_checkpoint
 from .config import TrainConfig
@@ -115,43 +113,7 @@ def require_same_run(config: TrainConfig, dtype: str, checkpoint: Checkpoint) ->
         )
 
 
-def tokenize(config: TrainConfig, progress: Callable[[int, int], None]) -> TokenFiles:
-    """The corpus as token files, from the cache if it is there."""
-    try:
-        return prepare(
-            config.data,
-            config.cache_folder / "tokens",
-            tokenizer=config.tokenizer,
-            vocab_size=config.vocab_size,
-            progress=progress,
-        )
-    except OSError as error:
-        raise ConfigError(f"data or cache: {error.filename or config.cache_folder}: {error.strerror}") from None
-
-
-def make_batches(config: TrainConfig, files: TokenFiles) -> tuple[Batches, Batches]:
-    """Loaders of the training and the validation text; DataError if either is too short."""
-    context = config.model.context
-    train = Batches(files.train, config.optim.batch, context, seed=config.seed)
-    rows = min(config.optim.batch, (len(files.validation) - 1) // context)
-    if rows < 1:
-        raise DataError(
-            f"the validation text has {len(files.validation)} tokens, less than a sequence of {context} + 1; "
-            "give more text with --data, or lower model.context"
-        )
-    return train, Batches(files.validation, rows, context, what="the validation text")
-
-
-def fingerprint(files: TokenFiles) -> dict[str, int]:
-    """Tells one tokenized corpus from another: sizes, and a checksum of up to a million tokens all over each split."""
-    values = {"vocab_size": files.tokenizer.vocab_size}
-    for split, tokens in (("train", files.train), ("validation", files.validation)):
-        some = np.ascontiguousarray(tokens[:: len(tokens) // 1_000_000 + 1])
-        values |= {f"{split}_tokens": len(tokens), f"{split}_crc32": zlib.crc32(some.tobytes())}
-    return values
-
-
-def make_optimizer(model: GPT, config: TrainConfig) -> AdamW:
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> AdamW:
     """AdamW that lets matrices decay and leaves biases and norms alone."""
     o = config.optim
     matrices = [p for p in model.parameters() if p.dim() >= 2]
