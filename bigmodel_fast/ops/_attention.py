@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
-from . import _checks, _dense
-from ._autograd import positional
+from . import _autograd, _checks, _dense
 
 Window = int | tuple[int, int] | None
 
@@ -44,7 +43,6 @@ def _empty_heads(t: Tensor) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    @positional
     def forward(query, key, value, bias, alibi_slopes, key_lengths, query_starts, key_starts, seed, options):
         expanded = None
         if bias is not None:
@@ -209,4 +207,4 @@ def apply(
     seed = _dense.draw_seed(dropout_p, query.device)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     tensors = (query, key, value, bias, alibi_slopes, key_lengths, *cu_seqlens, seed)
-    return _Attention.apply(*tensors, (scale, softcap or 0.0, *sight, dropout_p))[0]
+    return _autograd.apply(_Attention, *tensors, (scale, softcap or 0.0, *sight, dropout_p))[0]
