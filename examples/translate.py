@@ -108,10 +108,11 @@ def main() -> None:
     parser.add_argument("--test", default="test_2016_flickr")
     parser.add_argument("--out")
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--minutes", type=float, help="stop after so much training, if the steps are not done before")
     parser.add_argument("--beams", type=int, default=5)
     parser.add_argument("--compare", type=int, metavar="STEPS", help="time so many steps of each instead")
     given = parser.parse_args()
-    config = recipe(data=str(given.data), out=given.out, steps=given.steps, resume="auto")
+    config = recipe(data=str(given.data), out=given.out, steps=given.steps, minutes=given.minutes, resume="auto")
     if given.compare:
         taken = step_times(config, given.compare)
         first = statistics.median(taken["bigmodel_fast"])
