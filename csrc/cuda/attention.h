@@ -44,7 +44,7 @@ struct AttentionArgs {
   int32_t heads, group, head_dim;     // group: heads that share a key head
   int32_t batches, sequences;         // sequences: batches, or how many are packed in the only one
   int32_t queries, keys;              // rows of a batch
-  Integers key_lengths;               // how many keys each batch has; one behind the other's end are never seen
+  Integers key_lengths;               // how many keys each batch has; those behind are never seen
   Integers query_starts, key_starts;  // of packed sequences, one more than there are
   Operand query, key, value, out;
   RowStats* stats;       // of row r: stats[(batch H + head) queries + r]

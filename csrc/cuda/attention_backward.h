@@ -28,14 +28,14 @@ attention_terms_kernel(BMF_CONSTANT const AttentionArgs a) {
   const Words out = load_chunk(rows_of(a.out, batch, head, 0, a.queries, a.head_dim), row, lane_index() * kChunk);
   const Words grad = load_chunk(rows_of(a.grad_out, batch, head, 0, a.queries, a.head_dim), row, lane_index() * kChunk);
   float delta = 0;
-  BMF_UNROLL
+#pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     const auto element = [i](const Words& w) {
       return to_float(T{static_cast<uint16_t>(w.word[i / 2] >> (16 * (i % 2)))});
     };
     delta += element(out) * element(grad);
   }
-  BMF_UNROLL
+#pragma unroll
   for (int mask = 1; mask < kWarp; mask *= 2) delta += shuffle_xor(delta, mask);
   const int64_t at = (batch * a.heads + head) * a.queries + row;
   if (lane_index() == 0) a.terms[at] = {a.stats[at].lse, delta};
@@ -57,12 +57,13 @@ struct LaneTerms {
   RowTerms of[kStrips][2];
 
   BMF_DEVICE LaneTerms(const RowTerms* terms, int row, int rows) {
-    BMF_UNROLL
-    for (int s = 0; s < kStrips; ++s) BMF_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int r = row + kStrip * s + 8 * half + lane_index() / 4;
-      of[s][half] = r < rows ? terms[r] : RowTerms{infinity(), 0.0f};
-    }
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int r = row + kStrip * s + 8 * half + lane_index() / 4;
+        of[s][half] = r < rows ? terms[r] : RowTerms{infinity(), 0.0f};
+      }
   }
   BMF_DEVICE const RowTerms& at(const Spot& spot) const { return of[spot.strip][spot.item / 2]; }
 };
@@ -153,7 +154,7 @@ attention_query_gradient_kernel(BMF_CONSTANT const AttentionArgs a) {
 // lse or delta of a lane's columns, which are queries, from shared memory: read when needed, as registers are few.
 template <bool kLse, int kBlocks>
 BMF_DEVICE void load_terms(float (&v)[kBlocks][2], uint32_t terms) {
-  BMF_UNROLL
+#pragma unroll
   for (int n = 0; n < kBlocks; ++n) {
     const int query = kColumns * n + lane_index() % 4 * 2;
     const Words two = load_shared(terms + static_cast<uint32_t>(query * static_cast<int>(sizeof(RowTerms))));

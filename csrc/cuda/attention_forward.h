@@ -69,29 +69,32 @@ attention_forward_kernel(BMF_CONSTANT const AttentionArgs a) {
         x = scores.logit(x, row + at.row, start + at.column, seen, derivative);
         if (!seen) x = -infinity();
       });
-    BMF_UNROLL
-    for (int s = 0; s < kStrips; ++s) BMF_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      float most = -infinity();
-      BMF_UNROLL
-      for (int n = 0; n < kKeys / kColumns; ++n)
-        most = maximum(most, maximum(weights[s][n][2 * half], weights[s][n][2 * half + 1]));
-      most = maximum(most, shuffle_xor(most, 1));
-      most = maximum(most, shuffle_xor(most, 2));
-      const float risen = maximum(top[s][half], most * scores.factor), base = risen == -infinity() ? 0.0f : risen;
-      const float shrink = exp2(top[s][half] - base);
-      top[s][half] = risen;
-      total[s][half] *= shrink;
-      BMF_UNROLL
-      for (int n = 0; n < kKeys / kColumns; ++n) BMF_UNROLL
-      for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        weights[s][n][i] = exp2(weights[s][n][i] * scores.factor - base);
-        total[s][half] += weights[s][n][i];
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float most = -infinity();
+#pragma unroll
+        for (int n = 0; n < kKeys / kColumns; ++n)
+          most = maximum(most, maximum(weights[s][n][2 * half], weights[s][n][2 * half + 1]));
+        most = maximum(most, shuffle_xor(most, 1));
+        most = maximum(most, shuffle_xor(most, 2));
+        const float risen = maximum(top[s][half], most * scores.factor), base = risen == -infinity() ? 0.0f : risen;
+        const float shrink = exp2(top[s][half] - base);
+        top[s][half] = risen;
+        total[s][half] *= shrink;
+#pragma unroll
+        for (int n = 0; n < kKeys / kColumns; ++n)
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            weights[s][n][i] = exp2(weights[s][n][i] * scores.factor - base);
+            total[s][half] += weights[s][n][i];
+          }
+#pragma unroll
+        for (int n = 0; n < kDim / kColumns; ++n)
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) out[s][n][i] *= shrink;
       }
-      BMF_UNROLL
-      for (int n = 0; n < kDim / kColumns; ++n) BMF_UNROLL
-      for (int i = 2 * half; i < 2 * half + 2; ++i) out[s][n][i] *= shrink;
-    }
     if (kFull && a.dropout > 0) {
       if (start % kDropoutGroup == 0 || start == begin) dropout.draw(scores, row, start);
       for_sums(weights, [&](float& x, const Spot& at) { x = dropout.kept(at, start) ? x : 0.0f; });
@@ -103,22 +106,24 @@ attention_forward_kernel(BMF_CONSTANT const AttentionArgs a) {
   wait_copies<0>();  // of the queries, if there was no key
   barrier();
 
-  BMF_UNROLL
-  for (int s = 0; s < kStrips; ++s) BMF_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    float& sum = total[s][half];
-    sum += shuffle_xor(sum, 1);
-    sum += shuffle_xor(sum, 2);
-    const bool any = sum != 0;
-    const float inverse = any ? 1.0f / (sum * (1.0f - a.dropout)) : 0.0f;
-    BMF_UNROLL
-    for (int n = 0; n < kDim / kColumns; ++n) BMF_UNROLL
-    for (int i = 2 * half; i < 2 * half + 2; ++i) out[s][n][i] *= inverse;
-    const int r = row + kStrip * s + 8 * half + lane_index() / 4;
-    if (lane_index() % 4 == 0 && r < place.own)
-      a.stats[(place.batch * a.heads + head) * a.queries + place.own_first + r] = {
-          any ? top[s][half] + log2(sum) : infinity(), any ? 1.0f : 0.0f};
-  }
+#pragma unroll
+  for (int s = 0; s < kStrips; ++s)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float& sum = total[s][half];
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      const bool any = sum != 0;
+      const float inverse = any ? 1.0f / (sum * (1.0f - a.dropout)) : 0.0f;
+#pragma unroll
+      for (int n = 0; n < kDim / kColumns; ++n)
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) out[s][n][i] *= inverse;
+      const int r = row + kStrip * s + 8 * half + lane_index() / 4;
+      if (lane_index() % 4 == 0 && r < place.own)
+        a.stats[(place.batch * a.heads + head) * a.queries + place.own_first + r] = {
+            any ? top[s][half] + log2(sum) : infinity(), any ? 1.0f : 0.0f};
+    }
   put_sums<T>(queries, warp_row, out);
   barrier();
   const Rows16 result = rows_of(a.out, place.batch, head, place.own_first, place.own, a.head_dim);

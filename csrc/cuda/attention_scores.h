@@ -177,15 +177,16 @@ struct Dropout {
 
   template <bool kFull>
   BMF_DEVICE void draw(const Scores<kFull>& scores, int query, int key) {
-    BMF_UNROLL
-    for (int s = 0; s < kStrips; ++s) BMF_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int row = query + kStrip * s + 8 * half + lane_index() / 4;
-      bits[s][half] = 0;
-      BMF_UNROLL
-      for (int c = 0; c < 4; ++c)
-        bits[s][half] |= scores.choices(row, key / 16 * 16 + c / 2 * 8 + lane_index() % 4 * 2 + c % 2) << (8 * c);
-    }
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = query + kStrip * s + 8 * half + lane_index() / 4;
+        bits[s][half] = 0;
+#pragma unroll
+        for (int c = 0; c < 4; ++c)
+          bits[s][half] |= scores.choices(row, key / 16 * 16 + c / 2 * 8 + lane_index() % 4 * 2 + c % 2) << (8 * c);
+      }
   }
   // Whether an element of the tile that begins at `key` is kept.
   BMF_DEVICE bool kept(const Spot& spot, int key) const {

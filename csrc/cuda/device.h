@@ -35,8 +35,6 @@ constexpr int kWarp = 32;
 #define BMF_EVERYWHERE __host__ __device__ __forceinline__
 #define BMF_KERNEL(threads) __global__ void __launch_bounds__ threads
 #define BMF_CONSTANT __grid_constant__
-#define BMF_UNROLL _Pragma("unroll")
-#define BMF_ROLLED _Pragma("unroll 1")
 
 namespace bmf::cuda {
 

@@ -12,7 +12,7 @@ BMF_DEVICE uint32_t dropout_choices(uint64_t seed, uint32_t head, uint32_t row, 
                                     uint32_t threshold) {
   uint32_t x[4] = {lane, row, head, group};
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  BMF_UNROLL
+#pragma unroll
   for (int round = 0; round < 7; ++round) {
     const uint32_t high0 = multiply_high(x[0], 0xD2511F53u), low0 = x[0] * 0xD2511F53u;
     const uint32_t high1 = multiply_high(x[2], 0xCD9E8D57u), low1 = x[2] * 0xCD9E8D57u;
@@ -24,7 +24,7 @@ BMF_DEVICE uint32_t dropout_choices(uint64_t seed, uint32_t head, uint32_t row, 
     key1 += 0xBB67AE85u;
   }
   uint32_t kept = 0;
-  BMF_UNROLL
+#pragma unroll
   for (int word = 0; word < 4; ++word) {
     kept |= static_cast<uint32_t>((x[word] & 0xffffu) >= threshold) << (2 * word);
     kept |= static_cast<uint32_t>((x[word] >> 16) >= threshold) << (2 * word + 1);

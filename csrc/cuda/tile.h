@@ -58,7 +58,7 @@ BMF_DEVICE Words load_chunk(const Rows16& from, int row, int column) {
   const uint16_t* source = from.data + row * from.stride + column;
   if (from.vectors && present == kChunk) return *reinterpret_cast<const Words*>(source);
   Words chunk{};
-  BMF_UNROLL
+#pragma unroll
   for (int j = 0; j < kChunk; ++j)
     if (j < present) chunk.word[j / 2] |= static_cast<uint32_t>(source[j]) << (16 * (j % 2));
   return chunk;
@@ -82,14 +82,14 @@ BMF_DEVICE void load_tile(Tile<kDim> tile, const Rows16& from, int first) {
   if (from.vectors) {
     const int bytes = 2 * present_in(from, -1, column);
     const uint16_t* source = from.data + (first + mine.row) * from.stride + column;
-    BMF_UNROLL
+#pragma unroll
     for (int i = 0; i < Mine::kCount; ++i, source += Mine::kStep * from.stride) {
       const int row = mine.row + i * Mine::kStep;
       const bool present = bytes > 0 && first + row < from.count;
       copy_async<kChunkBytes>(tile.at(row, mine.chunk), present ? source : from.data, present ? bytes : 0);
     }
   } else {
-    BMF_ROLLED
+#pragma unroll 1
     for (int i = 0; i < Mine::kCount; ++i) {
       const int row = mine.row + i * Mine::kStep;
       store_shared(tile.at(row, mine.chunk), load_chunk(from, first + row, column));
@@ -102,7 +102,7 @@ template <int kRows, int kDim, int kThreads>
 BMF_DEVICE void store_tile(const Rows16& to, Tile<kDim> tile, int first) {
   using Mine = Share<kRows, kDim, kThreads>;
   const Mine mine;
-  BMF_ROLLED
+#pragma unroll 1
   for (int i = 0; i < Mine::kCount; ++i) {
     const int row = mine.row + i * Mine::kStep, present = present_in(to, first + row, mine.chunk * kChunk);
     if (present == 0) return;  // nor are there any behind it
@@ -112,7 +112,7 @@ BMF_DEVICE void store_tile(const Rows16& to, Tile<kDim> tile, int first) {
       *reinterpret_cast<Words*>(target) = v;
       continue;
     }
-    BMF_UNROLL
+#pragma unroll
     for (int j = 0; j < kChunk; ++j)
       if (j < present) target[j] = static_cast<uint16_t>(v.word[j / 2] >> (16 * (j % 2)));
   }
@@ -128,34 +128,39 @@ struct Spot {
 template <int kStrips, int kBlocks, class F>
 BMF_DEVICE void for_sums(float (&sums)[kStrips][kBlocks][kPerLane], const F& f) {
   const int row = lane_index() / 4, column = lane_index() % 4 * 2;
-  BMF_UNROLL
-  for (int s = 0; s < kStrips; ++s) BMF_UNROLL
-  for (int n = 0; n < kBlocks; ++n) BMF_UNROLL
-  for (int i = 0; i < kPerLane; ++i)
-    f(sums[s][n][i], Spot{s, n, i, kStrip * s + row + 8 * (i / 2), kColumns * n + column + i % 2});
+#pragma unroll
+  for (int s = 0; s < kStrips; ++s)
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i)
+        f(sums[s][n][i], Spot{s, n, i, kStrip * s + row + 8 * (i / 2), kColumns * n + column + i % 2});
 }
 
 // The sums of a warp as the left operand of another product, rounded to T.
 template <class T, int kStrips, int kBlocks>
 BMF_DEVICE void as_operand(uint32_t (&operand)[kStrips][kBlocks / 2][4],
                            const float (&sums)[kStrips][kBlocks][kPerLane]) {
-  BMF_UNROLL
-  for (int s = 0; s < kStrips; ++s) BMF_UNROLL
-  for (int n = 0; n < kBlocks; ++n) {
-    operand[s][n / 2][n % 2 * 2] = pack<T>(sums[s][n][0], sums[s][n][1]);
-    operand[s][n / 2][n % 2 * 2 + 1] = pack<T>(sums[s][n][2], sums[s][n][3]);
-  }
+#pragma unroll
+  for (int s = 0; s < kStrips; ++s)
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      operand[s][n / 2][n % 2 * 2] = pack<T>(sums[s][n][0], sums[s][n][1]);
+      operand[s][n / 2][n % 2 * 2 + 1] = pack<T>(sums[s][n][2], sums[s][n][3]);
+    }
 }
 
 // A warp's sums, rounded to T, into rows from `row` on of a tile.
 template <class T, int kStrips, int kDim>
 BMF_DEVICE void put_sums(Tile<kDim> tile, int row, const float (&sums)[kStrips][kDim / kColumns][kPerLane]) {
-  BMF_UNROLL
-  for (int s = 0; s < kStrips; ++s) BMF_UNROLL
-  for (int n = 0; n < kDim / kColumns; ++n) BMF_UNROLL
-  for (int half = 0; half < 2; ++half)
-    store_shared(tile.at(row + kStrip * s + 8 * half + lane_index() / 4, n) + lane_index() % 4 * 4,
-                 pack<T>(sums[s][n][2 * half], sums[s][n][2 * half + 1]));
+#pragma unroll
+  for (int s = 0; s < kStrips; ++s)
+#pragma unroll
+    for (int n = 0; n < kDim / kColumns; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        store_shared(tile.at(row + kStrip * s + 8 * half + lane_index() / 4, n) + lane_index() % 4 * 4,
+                     pack<T>(sums[s][n][2 * half], sums[s][n][2 * half + 1]));
 }
 
 // sums[16 kStrips][kRows] += rows of a from `row` on times the transposed tile b of kRows rows.
@@ -164,16 +169,16 @@ BMF_DEVICE void multiply_transposed(float (&sums)[kStrips][kBlocks][kPerLane], T
   converge();
   const int lane = lane_index();
   const uint32_t from_a = a.at(row + lane % 16, lane / 16), from_b = b.at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-  BMF_UNROLL
+#pragma unroll
   for (int k = 0; k < kDim / kDepth; ++k) {
     uint32_t left[kStrips][4];
-    BMF_UNROLL
+#pragma unroll
     for (int s = 0; s < kStrips; ++s) load_matrices(left[s], moved<kDim>(from_a, kStrip * s, k));
-    BMF_UNROLL
+#pragma unroll
     for (int n = 0; n < kBlocks; n += 2) {
       uint32_t right[4];
       load_matrices(right, moved<kDim>(from_b, kColumns * n, k));
-      BMF_UNROLL
+#pragma unroll
       for (int s = 0; s < kStrips; ++s) {
         multiply_add<T>(sums[s][n], left[s], right[0], right[1]);
         multiply_add<T>(sums[s][n + 1], left[s], right[2], right[3]);
@@ -189,17 +194,18 @@ BMF_DEVICE void multiply(float (&sums)[kStrips][kDim / kColumns][kPerLane], cons
   converge();
   const int lane = lane_index();
   const uint32_t from_b = b.at(lane % 16, lane / 16);
-  BMF_UNROLL
-  for (int k = 0; k < kSteps; ++k) BMF_UNROLL
-  for (int n = 0; n < kDim / kColumns; n += 2) {
-    uint32_t right[4];
-    load_matrices_transposed(right, moved<kDim>(from_b, kDepth * k, n / 2));
-    BMF_UNROLL
-    for (int s = 0; s < kStrips; ++s) {
-      multiply_add<T>(sums[s][n], a[s][k], right[0], right[1]);
-      multiply_add<T>(sums[s][n + 1], a[s][k], right[2], right[3]);
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+    for (int n = 0; n < kDim / kColumns; n += 2) {
+      uint32_t right[4];
+      load_matrices_transposed(right, moved<kDim>(from_b, kDepth * k, n / 2));
+#pragma unroll
+      for (int s = 0; s < kStrips; ++s) {
+        multiply_add<T>(sums[s][n], a[s][k], right[0], right[1]);
+        multiply_add<T>(sums[s][n + 1], a[s][k], right[2], right[3]);
+      }
     }
-  }
 }
 
 }  // namespace bmf::cuda

@@ -16,6 +16,7 @@
 // (9.7.14.5.8, "Matrix Fragments for mma.m16n8k16"; 9.7.14.5.15, ldmatrix), written down here a second time.
 #pragma once
 #define BMF_CUDA_EMULATED
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -25,6 +26,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -34,8 +36,6 @@
 #define BMF_EVERYWHERE inline
 #define BMF_KERNEL(threads) void
 #define BMF_CONSTANT
-#define BMF_UNROLL
-#define BMF_ROLLED
 
 #include "cuda/device.h"
 
@@ -245,14 +245,16 @@ inline void Block::run(const std::function<void()>& kernel) {
   block = nullptr;
 }
 
-// kernel() for each block of the grid, one after the other.
+// kernel() for each block of the grid, one after the other, in an order of the same kind as that of a block's warps.
 inline void launch(Dim grid, int threads, int shared_bytes, Order order, const std::function<void()>& kernel) {
-  for (int z = 0; z < grid.z; ++z)
-    for (int y = 0; y < grid.y; ++y)
-      for (int x = 0; x < grid.x; ++x) {
-        const auto seed = static_cast<uint64_t>((z * grid.y + y) * grid.x + x);
-        Block(Dim{x, y, z}, threads, shared_bytes, order, seed).run(kernel);
-      }
+  std::vector<int> blocks(static_cast<size_t>(grid.x * grid.y * grid.z));
+  std::iota(blocks.begin(), blocks.end(), 0);
+  if (order == Order::last) std::reverse(blocks.begin(), blocks.end());
+  if (order == Order::random) std::shuffle(blocks.begin(), blocks.end(), std::mt19937(1));
+  for (const int i : blocks) {
+    const Dim index{i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+    Block(index, threads, shared_bytes, order, static_cast<uint64_t>(i)).run(kernel);
+  }
 }
 
 }  // namespace emulator
