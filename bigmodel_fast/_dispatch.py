@@ -3,7 +3,8 @@
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ FEWEST: dict[str, tuple[int, str]] = {
     "rms_norm": (1 << 15, "elements, and no gradient"),
 }
 _triton: set[str] = set()  # operators that have a Triton kernel
+_native_cuda: set[str] = set()  # operators that have a CUDA C++ kernel in this build
 _calls: Counter[tuple[str, str, str]] = Counter()
 _small_calls = dict.fromkeys(FEWEST, 0)  # by operator, of `small`: counted in less time
 
@@ -47,12 +49,33 @@ def have_triton(ops: Iterable[str]) -> None:
         _triton.update(ops)
 
 
+def have_native_cuda(ops: Iterable[str]) -> None:
+    """This build has a CUDA C++ kernel for these operators."""
+    _native_cuda.update(ops)
+
+
+def cuda_backend(op: str) -> str:
+    """Whose kernel an operator runs on a GPU: Triton's, unless the CUDA C++ one is forced and there is one."""
+    return "native" if _forced == "native" and op in _native_cuda else "triton"
+
+
+@contextmanager
+def forcing(backend: str | None) -> Iterator[None]:
+    """As if BMF_BACKEND were `backend`, for whoever compares backends in one process."""
+    global _forced
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
 def use_native(op: str, reason: str | None, t: torch.Tensor | None = None) -> bool:
-    """True if `op` runs its kernel: the C++ one, or Triton's if `t` lies on a GPU.
+    """True if `op` runs its kernel: the C++ one, or that of `cuda_backend` if `t` lies on a GPU.
 
     `reason` says why the kernel does not cover this call, or is None.
     """
-    backend = "triton" if t is not None and t.is_cuda else "native"
+    backend = cuda_backend(op) if t is not None and t.is_cuda else "native"
     if reason is None and backend == "triton" and op not in _triton:
         reason = "no kernel for device cuda"
     if _forced is not None and _forced != backend:
