@@ -174,8 +174,9 @@ def linear_cross_entropy(
     if not _dispatch.use_native(op, reason, x):
         # Of few tokens all logits are little, and their two operators write dW once and pack nothing.
         multiply, losses = (linear, cross_entropy) if few else (linear_reference, cross_entropy_reference)
-        options = {"label_smoothing": label_smoothing, "softcap": softcap, "reduction": reduction}
-        losses = partial(losses, ignore_index=ignore_index, **options)
+        losses = partial(
+            losses, ignore_index=ignore_index, label_smoothing=label_smoothing, softcap=softcap, reduction=reduction
+        )
         return _of_logits(multiply(x, weight, bias), target, ignore_index, losses, return_accuracy)
     wants = tuple(_dense.needs_grad(t) for t in (x, weight, bias))
     options = (ignore_index, label_smoothing, softcap or 0.0, reduction)
