@@ -23,6 +23,7 @@ from bigmodel_fast.benchmarks.bench_transformer import (
     plain_loss,
 )
 
+from bigmodel_fast.cli.progress import reporter_for_terminal
 from bigmodel_fast.data import read_lines
 from bigmodel_fast.optim import AdamW, clip_grad_norm_
 from bigmodel_fast.train import TrainConfig, load_checkpoint, pretrain, translate_lines
@@ -126,7 +127,7 @@ def main() -> None:
     for name in language:
         path = given.data / f"{given.test}.{name}"
         texts.append(read_lines(path if path.exists() else path.with_name(f"{path.name}.gz")))
-    result = pretrain(config)
+    result = pretrain(config, reporter_for_terminal(50))
     found = bleu(config.out_folder, *texts, beams=given.beams)
     (config.out_folder / f"{given.test}.{language[1]}").write_text("\n".join(found["translations"]) + "\n")  # type: ignore[arg-type]
     print(f"step {result.step}: BLEU {found['bleu']:.2f} on {given.test} ({found['signature']})")
