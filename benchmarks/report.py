@@ -68,18 +68,21 @@ class Report:
     def merged(cls, reports: Sequence[Report]) -> Report:
         """Runs on one machine as one: of what was measured twice, the later; shares are of the highest peaks.
 
-        ValueError if anything but their commands and dates differs.
+        ValueError if anything but their commits, commands and dates differs.
         """
         machine = reports[0].machine
         for other in reports[1:]:
-            for name in sorted({*machine, *other.machine} - {"command", "date"}):
+            for name in sorted({*machine, *other.machine} - {"commit", "command", "date"}):
                 if machine.get(name) != other.machine.get(name):
                     raise ValueError(f"runs differ in {name}: {machine.get(name)} and {other.machine.get(name)}")
         rows = {(r.op, r.case, r.dtype, r.direction, r.provider): r for report in reports for r in report.rows}
         peaks = {name: max(report.peaks[name] for report in reports) for name in reports[0].peaks}
         fill_shares(list(rows.values()), peaks)
-        commands = dict.fromkeys(report.machine["command"] for report in reports)
-        return cls({**machine, "command": "`, `".join(commands)}, peaks, list(rows.values()))
+        commits, commands = (
+            dict.fromkeys(report.machine[name] for report in reports) for name in ("commit", "command")
+        )
+        machine = {**machine, "commit": ", then ".join(commits), "command": "`, then `".join(commands)}
+        return cls(machine, peaks, list(rows.values()))
 
     def caption(self) -> str:
         """The machine in a line."""
