@@ -134,3 +134,21 @@ def test_translation_is_timed_beside_torchs(translating: ModuleType, tmp_path: P
         "nn.Transformer, bucketed",
     ]
     assert not (tmp_path / "run").exists()
+
+
+def test_fine_tuning_beside_a_plain_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    from tiny_models import tiny_bert, write_lines
+
+    rows = [{"text": f"i saw a {('cat', 'dog')[i % 2]}", "label": i % 2} for i in range(40)]
+    model = tiny_bert(tmp_path / "bert", [str(r["text"]) for r in rows])
+    data = write_lines(tmp_path / "data.jsonl", rows)
+    argv = ["example", "--model", model, "--data", data, "--steps", "2", "--batch", "4", "--max-length", "16"]
+    monkeypatch.setattr(sys, "argv", argv)
+    example("finetune_beside_stock").main()
+    said = capsys.readouterr().out
+    assert [line.partition("median")[0].strip() for line in said.splitlines()[1:]] == [
+        "ours", "stock, shuffled", "stock, ours",
+    ]  # fmt: skip

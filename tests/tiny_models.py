@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bigmodel_fast.data import find_documents
+from bigmodel_fast.data import find_documents, labelled_snippets
 
 PACKAGES = ("transformers", "jsonargparse", "yaml", "safetensors", "matplotlib", "sklearn", "rich")  # that they need
 SCALE = 0.15  # of random weights, for a width of 32: at transformers' 0.02 little of a text would reach the head
@@ -139,3 +139,11 @@ def phrases(most: int) -> list[dict[str, str]]:
         chosen = draw.randrange(6)
         rows.append({"source": f"i see {english[chosen]} cats", "target": f"ich sehe {german[chosen]} katzen"})
     return rows
+
+
+def labelled_code(folder: Path) -> tuple[str, str, str]:
+    """A tiny BERT, and files of labelled snippets of the standard library to train and to validate on."""
+    parts = [[e.values for e in part][::4] for part in labelled_snippets()]
+    model = tiny_bert(folder / "bert", (row["text"] for row in parts[0]))
+    files = [write_lines(folder / f"{name}.jsonl", rows) for name, rows in zip(("train", "dev"), parts, strict=True)]
+    return model, *files
