@@ -68,7 +68,7 @@ def finished_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
 
 def finish(y: Tensor, p: float, residual: Tensor | None) -> Tensor:
     """Plain torch."""
-    y = F.dropout(y, p)
+    y = F.dropout(y, p) if p > 0 else y
     return y if residual is None else residual + y
 
 
