@@ -34,6 +34,7 @@ LAYERS = (
     "models",
     "_accelerate",
     "train",
+    "plan",
     "benchmarks",
     "cli",
 )
@@ -156,7 +157,7 @@ def test_import_loads_torch_and_numpy_only() -> None:
     assert "bigmodel_fast.ops" in loaded
     allowed = {*sys.stdlib_module_names, "torch", "numpy", "bigmodel_fast"}
     assert {name.partition(".")[0] for name in loaded} <= allowed
-    late = {"nn", "optim", "data", "models", "train", "cli", "benchmarks", "_accelerate"}
+    late = {"nn", "optim", "data", "models", "train", "plan", "cli", "benchmarks", "_accelerate"}
     assert not {name for name in loaded if layer(name) in late}
 
 
@@ -180,6 +181,15 @@ def test_public_names_are_documented() -> None:
             value = getattr(module, name)
             if inspect.isfunction(value) or inspect.isclass(value):
                 assert value.__doc__, f"{module.__name__}.{name}"
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=relative)
+def test_nothing_is_unpickled(path: Path) -> None:
+    """What a file holds is data: pickles, and YAML beyond plain values, can hold code."""
+    loaders = r"torch\.load\(|yaml\.(unsafe_|full_)?load(_all)?\(|\b(Unsafe|Full)Loader\b|allow_pickle=True"
+    modules = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
+    assert not re.search(loaders, path.read_text())
+    assert not {name.partition(".")[0] for name in imported(path)} & modules
 
 
 # ---- C++ ----

@@ -60,7 +60,7 @@ def fail() -> None:
 
 
 def checkpoints(config: TrainConfig) -> list[str]:
-    return sorted(p.name for p in (config.out_folder / "checkpoints").iterdir())
+    return sorted(p.name for p in (config.out_folder / "checkpoints").iterdir() if p.name != "LATEST")
 
 
 def without_times(lines: list[dict]) -> list[dict]:
@@ -98,9 +98,9 @@ def test_bits_per_byte_count_the_bytes_of_the_text(settings) -> None:
     seen = Act(0, fail)
     trainer = Trainer(settings(steps=1), seen)
     trainer.run()
-    batches = trainer.validation.spread(64)
+    batches = trainer.objective.validation()
     tokens = torch.cat([targets.flatten() for _, targets in batches])
-    ends = int((tokens == trainer.files.tokenizer.end).sum())
+    ends = int((tokens == trainer.objective.tokenizer.end).sum())
     assert ends > 0
     expected = seen.evaluations[0].loss / math.log(2) * len(tokens) / (len(tokens) - ends)
     assert seen.evaluations[0].bits_per_byte == pytest.approx(expected)
@@ -110,10 +110,10 @@ def test_accumulation_is_a_larger_batch(settings) -> None:
     seen = Act(0, fail), Act(0, fail)
     whole = Trainer(settings("a", {"batch": 4}, steps=3), seen[0])
     parts = Trainer(settings("b", {"batch": 2, "accumulation": 2}, steps=3), seen[1])
-    rows = whole.batches.next()
-    whole.batches.next = lambda: rows
+    rows = whole.objective.batches.next()
+    whole.objective.batches.next = lambda: rows
     halves = [tuple(t[i : i + 2] for t in rows) for i in (0, 2)] * 3
-    parts.batches.next = lambda: halves.pop(0)
+    parts.objective.batches.next = lambda: halves.pop(0)
     whole.run()
     parts.run()
     assert not halves
@@ -289,7 +289,7 @@ def test_a_loss_that_stays_nan_ends_the_run_and_leaves_good_weights(settings) ->
     seen = Act(0, fail)
     with pytest.raises(TrainError, match=r"no finite loss .* lower optim\.lr .* last good checkpoint"):
         pretrain(config, seen)
-    assert len(seen.steps) < 20
+    assert [s.step for s in seen.steps] == [1, *range(2, 12), *range(2, 12)]  # once more from the checkpoint
     model = load_checkpoint(config.out_folder).model()
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -302,7 +302,7 @@ def test_a_full_disk_in_mid_run_leaves_the_last_checkpoint(settings) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
 
     try:
-        with pytest.raises(TrainError, match=r"step 4: cannot write to .* last good checkpoint is .*step-00000002"):
+        with pytest.raises(TrainError, match=r"step \d+: cannot write to .* last good checkpoint is .*step-00000002"):
             pretrain(config, Act(3, fill_disk))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

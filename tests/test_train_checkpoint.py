@@ -43,7 +43,10 @@ def save(run: Path, step: int, keep: int = 2, parts: tuple[GPT, AdamW] | None = 
 
 
 def names(run: Path) -> list[str]:
-    return sorted(p.name for p in (run / "checkpoints").iterdir())
+    found = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert found.pop(0) == "LATEST"
+    assert (run / "checkpoints" / "LATEST").read_text() == found[-1] + "\n"
+    return found
 
 
 def truncate(path: Path) -> None:
@@ -102,7 +105,7 @@ def test_a_write_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: p
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("bigmodel_fast.train.checkpoint._flush", full)
+    monkeypatch.setattr("bigmodel_fast.train.durable.flush", full)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2, keep=1)
     assert names(tmp_path) == ["step-00000001"]

@@ -12,6 +12,7 @@ from bigmodel_fast.cli import main
 from bigmodel_fast.data import Batches, DataError
 from bigmodel_fast.train import ConfigError, TrainConfig, Trainer, TrainError, loop, passes, pretrain, read_metrics
 from bigmodel_fast.train.errors import is_out_of_memory
+from bigmodel_fast.train.objectives import causal
 from bigmodel_fast.train.passes import Feed
 
 needs_compiler = pytest.mark.skipif(cannot_compile("cpu") is not None, reason="there is no C++ compiler")
@@ -83,7 +84,7 @@ def test_a_run_that_copies_ahead_is_the_same_run_and_resumes_to_the_bit(settings
 def test_nothing_is_drawn_ahead_on_the_cpu(settings) -> None:
     trainer = Trainer(settings(steps=3))
     trainer.run()
-    assert trainer.batches.state_dict() == trainer.feed.state_dict()
+    assert trainer.objective.batches.state_dict() == trainer.feed.state_dict()
 
 
 # ---- CUDA graphs ----
@@ -100,7 +101,7 @@ class Seeming:
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         monkeypatch.setattr(torch.cuda, "graph", self.record)
-        monkeypatch.setattr(loop.setup, "require_features", lambda config, device: None)
+        monkeypatch.setattr(loop.setup, "require_features", lambda config, device, ranks: None)
 
     def wait_stream(self, other) -> None: ...
 
@@ -116,7 +117,7 @@ class Seeming:
     def replay(self) -> None:
         self.replays += 1
         one_pass = self.whole._pass
-        one_pass._loss.copy_(self.run(one_pass._tokens, one_pass._targets))
+        one_pass._loss.copy_(self.run(*one_pass._batch))
 
 
 def test_a_run_of_graphs_is_the_run_without(settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +225,7 @@ def test_too_little_memory_is_one_line_with_a_way_out(error, settings, monkeypat
     assert "keeps the tokens of a step" in line
     assert line.endswith(f"the last good checkpoint is {config.out_folder}/checkpoints/step-00000002")
     again = settings(optim={"batch": 3, "accumulation": 4}, resume="auto")
-    assert Trainer(again).tokens_per_step == trainer.tokens_per_step
+    assert Trainer(again).objective.tokens_per_step == trainer.objective.tokens_per_step
     assert pretrain(again).steps_done == 6
 
 
@@ -253,7 +254,7 @@ def test_a_model_that_does_not_fit_is_one_line(settings, monkeypatch: pytest.Mon
     def full(config):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(loop, "GPT", full)
+    monkeypatch.setattr(causal, "GPT", full)
     with pytest.raises(TrainError, match="out of memory for the model itself"):
         Trainer(settings())
     assert not settings().out_folder.exists()

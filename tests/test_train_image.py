@@ -1,6 +1,8 @@
 """bigmodel-fast train-image: runs end to end, resumes with the same bits, refuses with one line."""
 
+import dataclasses
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,9 @@ from bigmodel_fast.cli import main  # noqa: E402
 from bigmodel_fast.data import Images  # noqa: E402
 from bigmodel_fast.models import MLP  # noqa: E402
 from bigmodel_fast.train.classification import classify  # noqa: E402
-from bigmodel_fast.train.images import ImageTrainConfig, ImageTrainer  # noqa: E402
+from bigmodel_fast.train.image_config import Distortions, ImageTrainConfig, MLPShape, ViTShape  # noqa: E402
+from bigmodel_fast.train.images import ImageTrainer  # noqa: E402
+from bigmodel_fast.train.mlp import EpochResult  # noqa: E402
 
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -50,30 +54,53 @@ def test_an_mlp_learns_the_digits_and_is_judged(tmp_path: Path, capsys: pytest.C
     assert right == pytest.approx(report["accuracy"])
 
 
-def test_a_run_that_was_stopped_goes_on_with_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = {"epochs": 3, "dtype": "fp32"}
+@pytest.mark.parametrize("model", ["mlp", "vit"])
+@pytest.mark.parametrize("stop_at", [12, 7], ids=["an epoch's end", "mid-epoch"])
+def test_a_run_that_was_stopped_goes_on_with_the_same_bits(
+    model: str, stop_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bigmodel_fast.train.mlp.CALL_SECONDS", 0.0)  # a step a call, to stop at any
+    monkeypatch.setattr("bigmodel_fast.train.mlp.FIRST_CALL_FLOP", 0.0)
+    options = {"epochs": 2, "dtype": "fp32", "model": model, "augment": Distortions(shift=1.0, fade=0)}
+    options |= {"mlp": MLPShape(dropout=0.1), "vit": ViTShape(layers=1, width=48, dropout=0.1)}
     whole = ImageTrainer(ImageTrainConfig(out=str(tmp_path / "whole"), **options))
     assert whole.run()
     halved = ImageTrainer(ImageTrainConfig(out=str(tmp_path / "halved"), **options))
+    went_on = halved._went_on
 
-    class Stop(Exception):
-        pass
+    def terminate(done: EpochResult) -> None:
+        went_on(done)
+        if halved.step == stop_at:
+            signal.raise_signal(signal.SIGTERM)
 
-    def stop_after_first(end) -> None:
-        raise Stop
+    halved._went_on = terminate
+    assert not halved.run()
+    assert halved.step == stop_at
+    torch.manual_seed(99)
+    again = ImageTrainer(dataclasses.replace(halved.config, resume="auto"))
+    assert again.step == stop_at
+    assert again.run()
+    for (name, p), q in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(p, q), name
+    lines = [
+        [json.loads(line) | {"seconds": 0} for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("whole", "halved")
+    ]
+    assert lines[1] == [pytest.approx(line) for line in lines[0]]
 
-    with pytest.raises(Stop):
-        halved.run(stop_after_first)
-    again = ["train-image", "--config", str(tmp_path / "halved" / "config.yaml")]
-    assert "holds a run already; go on with --resume auto" in refused(again[1:], capsys)
+
+def test_a_run_that_is_there_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ImageTrainConfig(out=str(tmp_path), epochs=1)
+    trainer = ImageTrainer(config)
+    assert "is in use by process" in refused(["--out", str(tmp_path)], capsys)
+    assert trainer.run()
+    again = ["--config", str(tmp_path / "config.yaml")]
+    assert "holds a run already; go on with --resume auto" in refused(again, capsys)
     assert "of another run (batch is 128 there and 7 here)" in refused(
-        [*again[1:], "--resume", "auto", "--batch", "7"], capsys
+        [*again, "--resume", "auto", "--batch", "7"], capsys
     )
-    assert main([*again, "--resume", "auto"]) == 0
-    assert "resumed after epoch 1" in capsys.readouterr().out
-    found = load_file(tmp_path / "halved" / "model.safetensors")
-    for name, p in whole.model.state_dict().items():
-        assert torch.equal(p, found[name]), name
+    assert main(["train-image", *again, "--resume", "auto", "--epochs", "2"]) == 0
+    assert "resumed after step 12" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", ["vit", "torchvision/squeezenet1_1"])

@@ -5,18 +5,28 @@ import typing
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from ..train import ConfigError
 
+CONFIG_BYTES, CONFIG_DEPTH = 64 << 10, 20
 
-def parse(argv: list[str], command: str, source: type | Callable[..., Any], description: str) -> dict[str, Any]:
+
+def parse(
+    argv: list[str],
+    command: str,
+    source: type | Callable[..., Any],
+    description: str,
+    defaults: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """The values of a command's options, nested by group.
 
     Args:
         source: its fields or parameters are the options; its docstring explains them.
+        defaults: values by dotted key that stand in for the source's own.
 
     Raises:
         ConfigError: an unknown key, or a value of the wrong type; the message names the key.
@@ -30,6 +40,10 @@ def parse(argv: list[str], command: str, source: type | Callable[..., Any], desc
         parser.add_class_arguments(source)
     else:
         parser.add_function_arguments(source)
+    parser.set_defaults(defaults or {})
+    for name, after in zip(argv, [*argv[1:], ""], strict=False):
+        if name == "--config" or name.startswith("--config="):
+            _check_file(Path(after if name == "--config" else name.partition("=")[2]))
     flags = {f"--{name}" for name, kind in typing.get_type_hints(source).items() if kind is bool}
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -40,6 +54,27 @@ def parse(argv: list[str], command: str, source: type | Callable[..., Any], desc
     return values
 
 
+def _check_file(path: Path) -> None:
+    """ConfigError for a YAML file that is more than plain settings: too large, too deep, tags, anchors and aliases."""
+    import yaml
+
+    if not path.is_file():
+        return  # the parser says so
+    if (size := path.stat().st_size) > CONFIG_BYTES:
+        raise ConfigError(f"config: {path} has {size} bytes; at most {CONFIG_BYTES} are read")
+    depth = 0
+    try:
+        for event in yaml.parse(path.read_bytes(), Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > CONFIG_DEPTH:
+                raise ConfigError(f"config: {path} is nested too deeply")
+            if getattr(event, "anchor", None) or getattr(event, "tag", None):
+                line = event.start_mark.line + 1
+                raise ConfigError(f"config: {path}, line {line}: tags, anchors and aliases are not taken")
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config: {path} is no YAML: {' '.join(str(error).split())}") from None
+
+
 def _spelled_out(argv: list[str], flags: set[str]) -> list[str]:
     """The arguments as jsonargparse wants them: --max_new_tokens for --max-new-tokens, --json true for --json."""
     spelled = []
@@ -48,7 +83,7 @@ def _spelled_out(argv: list[str], flags: set[str]) -> list[str]:
             name, equals, value = argument.partition("=")
             argument = "--" + name[2:].replace("-", "_") + equals + value
         spelled.append(argument)
-        if argument in flags and after not in ("true", "false"):
+        if argument in flags and (not after or after.startswith("--")):
             spelled.append("true")
     return spelled
 

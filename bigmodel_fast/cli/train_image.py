@@ -6,8 +6,8 @@ from ..train.images import EpochEnd, ImageTrainConfig, ImageTrainer
 from .arguments import parse
 
 DESCRIPTION = """Trains a classifier on images: an MLP by the native engine, a ViT through this package's operators, or
-one of torchvision's. Without options it learns scikit-learn's handwritten digits in a second. Ctrl-C ends it; it can go
-on from the last whole epoch."""
+one of torchvision's. Without options it learns scikit-learn's handwritten digits in a second. Ctrl-C saves, and says
+how to go on."""
 
 
 def run(argv: list[str]) -> int:
@@ -19,12 +19,12 @@ def run(argv: list[str]) -> int:
         f"{config.model} of {sum(p.numel() for p in trainer.model.parameters()):,} parameters, {trainer.dtype}; "
         f"{len(trainer.train):,} images of {shape} to train on, {len(trainer.test):,} to test, "
         f"{len(trainer.train.classes)} classes; in {config.out}"
-        + (f", resumed after epoch {trainer.epoch}" if trainer.epoch else ""),
+        + (f", resumed after step {trainer.step}" if trainer.step else ""),
         flush=True,
     )
     if not trainer.run(lambda end: print(describe(end), flush=True)):
         print(
-            f"stopped in epoch {trainer.epoch + 1}; to go on: bigmodel-fast train-image "
+            f"stopped after step {trainer.step}, in epoch {trainer.epoch + 1}; to go on: bigmodel-fast train-image "
             f"--config {shlex.quote(f'{config.out}/config.yaml')} --resume auto"
         )
         return 0

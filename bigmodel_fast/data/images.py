@@ -3,7 +3,10 @@
 A picture's numbers stay as they are stored (bytes, mostly); loaders normalise them batch by batch.
 """
 
+import contextlib
 import gzip
+import math
+import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +21,9 @@ from .corpus import DataError
 
 _IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 _PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}
+_PICTURE_PIXELS = 1 << 25
+_DEFLATE = 1032  # bytes that one byte of a gzip can stand for at most
+_BOMB_BYTES, _BOMB_RATIO = 64 << 20, 100  # what unpacks to more, and by more than this factor, is refused
 _SPLITS = {"train": ("train", "training"), "test": ("t10k", "test", "val", "valid", "validation")}
 _TEST_SHARE = 5  # of a source without splits, every fifth image (of a fixed shuffle) is one to test with
 
@@ -94,11 +100,7 @@ class Images(torch.utils.data.Dataset):
         if not path.exists():
             raise DataError(f"--data {path}: no such file or folder")
         if path.suffix == ".npz":
-            with np.load(path) as arrays:
-                names = [next((n for n in pair if n in arrays), None) for pair in (("images", "x"), ("labels", "y"))]
-                if None in names:
-                    raise DataError(f"{path}: needs arrays images (or x) and labels (or y), has {', '.join(arrays)}")
-                return cls.from_arrays(*(arrays[str(n)] for n in names), source=str(path))._part(split)
+            return cls.from_arrays(*_read_npz(path), source=str(path))._part(split)
         if path.is_file():
             return _from_idx(path, _labels_beside(path))
         return _from_folder(path, split, size)
@@ -189,28 +191,70 @@ def read_idx(path: Path) -> np.ndarray:
     Raises:
         DataError: it is truncated, longer than its header says, or no IDX file.
     """
-    data = path.read_bytes()
-    if data[:2] == b"\x1f\x8b":
+    with path.open("rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
         try:
-            data = gzip.decompress(data)
+            with gzip.GzipFile(fileobj=raw) if packed else contextlib.nullcontext(raw) as f:
+                return _read_idx(path, f, path.stat().st_size, packed)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(f"{path}: damaged or truncated gzip ({error}); get the file again") from None
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _IDX_TYPES:
-        raise DataError(f"{path}: no IDX file (it begins with {data[:4].hex(' ') or 'nothing'})")
-    dtype, dims = np.dtype(_IDX_TYPES[data[2]]), data[3]
-    begin = 4 + 4 * dims
-    if len(data) < begin:
+
+
+def _read_idx(path: Path, f: Any, stored: int, packed: bool) -> np.ndarray:
+    start = f.read(4)
+    if len(start) < 4 or start[:2] != b"\0\0" or start[2] not in _IDX_TYPES:
+        raise DataError(f"{path}: no IDX file (it begins with {start.hex(' ') or 'nothing'})")
+    dtype, dims = np.dtype(_IDX_TYPES[start[2]]), start[3]
+    sizes = f.read(4 * dims)
+    if len(sizes) < 4 * dims:
         raise DataError(f"{path}: truncated in its header; get the file again")
-    shape = tuple(int(n) for n in np.frombuffer(data, ">u4", dims, 4))
-    expected = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if len(data) - begin != expected:
-        state = "truncated" if len(data) - begin < expected else "too long"
-        raise DataError(
-            f"{path}: {state}: {'x'.join(map(str, shape))} numbers take {expected} bytes, there are {len(data) - begin}"
-        )
-    return (
-        np.frombuffer(bytearray(data), dtype, offset=begin).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
-    )
+    shape = tuple(int(n) for n in np.frombuffer(sizes, ">u4"))
+    expected = math.prod(shape) * dtype.itemsize
+    says = f"{'x'.join(map(str, shape))} numbers take {expected} bytes"
+    if not packed and (there := stored - 4 - 4 * dims) != expected:
+        raise DataError(f"{path}: {'truncated' if there < expected else 'too long'}: {says}, there are {there}")
+    if packed and expected > _DEFLATE * stored:
+        raise DataError(f"{path}: truncated: {says}, which no gzip of {stored} bytes can hold")
+    _check_expansion(path, expected, stored)
+    data = bytearray(f.read(expected + 1))
+    if len(data) != expected:
+        state = f"truncated: {says}, there are {len(data)}" if len(data) < expected else f"too long: {says}"
+        raise DataError(f"{path}: {state}")
+    return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
+
+
+def _check_expansion(path: Path, unpacked: int, stored: int) -> None:
+    """DataError for what would fill the memory from next to nothing, as no pictures do."""
+    if unpacked > _BOMB_BYTES and unpacked > _BOMB_RATIO * stored:
+        raise DataError(f"{path}: {stored} bytes unpack to {unpacked}; if that is meant, unpack it yourself")
+
+
+def _read_npz(path: Path) -> list[np.ndarray]:
+    """Images and labels of an .npz file, after the sizes it claims were compared with those it has."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {m.filename.removesuffix(".npy"): m for m in archive.infolist()}
+            names = [next((n for n in pair if n in members), None) for pair in (("images", "x"), ("labels", "y"))]
+            if None in names:
+                raise DataError(f"{path}: needs arrays images (or x) and labels (or y), has {', '.join(members)}")
+            for name in map(str, names):
+                member = members[name]
+                _check_expansion(path, member.file_size, member.compress_size)
+                with archive.open(member) as f:
+                    version = np.lib.format.read_magic(f)
+                    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
+                    shape, _, dtype = (read or np.lib.format.read_array_header_2_0)(f)
+                if dtype.hasobject:
+                    raise DataError(f"{path}: {name} holds Python objects, which may be code; store numbers")
+                if math.prod(shape) * dtype.itemsize > member.file_size:
+                    raise DataError(f"{path}: {name} is truncated: it should be {list(shape)} of {dtype}")
+        with np.load(path, allow_pickle=False) as arrays:
+            return [arrays[str(name)] for name in names]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: not a readable .npz file ({' '.join(str(error).split())[:200]})") from None
 
 
 def _from_idx(images: Path, labels: Path) -> Images:
@@ -280,9 +324,13 @@ def _from_pictures(root: Path, size: int | None) -> Images:
     for file, _ in files:
         try:
             with Image.open(file) as opened:
+                if opened.width * opened.height > _PICTURE_PIXELS:
+                    raise DataError(
+                        f"{file}: {opened.width}x{opened.height} pixels are more than {_PICTURE_PIXELS}; shrink it"
+                    )
                 opened.load()
                 picture = opened.resize((size, size), Image.Resampling.BILINEAR) if size else opened.copy()
-        except (UnidentifiedImageError, OSError) as error:
+        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{file}: not a readable picture ({error})") from None
         if picture.size != (pictures[0].size if pictures else picture.size):
             raise DataError(

@@ -41,11 +41,19 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
         text = path.read_text(encoding="utf-8")
-        if json.loads(text).get("type") == "bytes":
+        if len(text) < 100 and json.loads(text) == {"type": "bytes"}:
             return cls()
         import tokenizers
 
-        return cls(tokenizers.Tokenizer.from_str(text))
+        tokenizer = cls(tokenizers.Tokenizer.from_str(text))
+        if tokenizer.end is None:
+            raise ValueError(f"{path}: has no token {END}")
+        return tokenizer
+
+    @property
+    def bpe(self) -> Any | None:
+        """The tokenizers.Tokenizer within; None for bytes."""
+        return self._bpe
 
     def save(self, path: Path) -> None:
         """One JSON file; that of a BPE is the `tokenizers` library's own."""
@@ -70,7 +78,7 @@ class Tokenizer:
         return bytes(_BYTE_OF[character] for t in kept for character in self._bpe.id_to_token(t))
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The byte that each character of a byte-level BPE's tokens stands for (GPT-2's mapping).
 
     Printable bytes stand for themselves, the others for the characters from 256 on, in order.
@@ -80,4 +88,4 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-_BYTE_OF = _byte_alphabet()
+_BYTE_OF = byte_alphabet()

@@ -1,174 +1,39 @@
 """Training of an image classifier: settings, the loop over epochs, checkpoints, the report on the test images.
 
-A run's folder holds config.yaml, metrics.jsonl (a line for each epoch), checkpoint/ (the last epoch's end), and at the
-end model.safetensors, report.json, confusion.png and mistakes.png.
+A run's folder holds config.yaml, metrics.jsonl (a line for each epoch), checkpoints (an epoch's end, or wherever a
+signal came), and at the end model.safetensors, report.json, confusion.png and mistakes.png.
 """
 
+import contextlib
 import dataclasses
 import json
-import shutil
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data import Augment, DataError, Images
+from ..data import DataError, Images
 from ..models import MLP, ViT, ViTConfig
-from ..models.mlp import ACTIVATIONS
 from ..ops import cross_entropy
 from ..optim import AdamW, clip_grad_norm_, warmup_cosine
 from . import checkpoint as files
-from . import setup
+from . import durable, setup
 from .classification import Classification, classify, plot_confusion, plot_mistakes
 from .errors import CheckpointError, ConfigError, TrainError
-from .mlp import MLPTrainer
+from .image_config import ImageTrainConfig
+from .lock import RunLock
+from .mlp import EpochResult, MLPTrainer
 from .signals import StopRequest
 
 _FREE = ("out", "resume", "threads", "epochs")  # settings that may differ between a run and its resumption
+SAVE_SECONDS = 300.0  # between two checkpoints in mid-epoch
 
-
-@dataclass
-class MLPShape:
-    """Of model mlp.
-
-    Args:
-        hidden: widths of the hidden layers.
-        activation: relu, sigmoid, tanh, gelu, gelu_tanh, silu or relu2.
-        dropout: share of the hidden layers' outputs that training drops.
-    """
-
-    hidden: list[int] = field(default_factory=lambda: [128, 64])
-    activation: str = "relu"
-    dropout: float = 0.0
-
-
-@dataclass
-class ViTShape:
-    """Of model vit.
-
-    Args:
-        patch: height and width of a patch; they divide the image.
-        layers: blocks.
-        heads: attention heads; they divide the width.
-        width: of the residual stream.
-        dropout: share that training drops of what the blocks add.
-    """
-
-    patch: int = 4
-    layers: int = 6
-    heads: int = 3
-    width: int = 192
-    dropout: float = 0.0
-
-
-@dataclass
-class Distortions:
-    """Of the training images; they fade out over the last epochs.
-
-    Args:
-        shift: pixels, up to, in each direction.
-        rotate: degrees, up to, either way.
-        scale: share by which an image grows or shrinks, up to.
-        elastic: pixels: standard deviation of a smooth random displacement.
-        fade: epochs over which they fade to nothing.
-    """
-
-    shift: float = 0.0
-    rotate: float = 0.0
-    scale: float = 0.0
-    elastic: float = 0.0
-    fade: int = 3
-
-
-@dataclass
-class ImageTrainConfig:
-    """The run.
-
-    Args:
-        data: a folder of pictures by class, a folder of IDX files, or an .npz file. null: scikit-learn's digits.
-        size: bring the pictures of a folder to size x size pixels. null: they are of one size.
-        model: mlp, vit, or torchvision/NAME for one of torchvision's classifiers.
-        out: folder of the run.
-        epochs: passes over the training images.
-        batch: images in one step.
-        lr: the highest learning rate of AdamW, reached after the warm-up; a cosine leads from there to 0.
-        warmup: share of all steps over which the learning rate rises.
-        weight_decay: of all parameters.
-        clip: bound on the norm of all gradients together (not of model mlp). 0: no clipping.
-        resume: never, or auto (go on from the checkpoint in out, if there is one).
-        seed: of the weights, the order of the images and their distortions.
-        dtype: auto (bf16 for vit on CPUs that multiply bf16, else fp32), bf16 (float32 weights) or fp32.
-        threads: CPU threads. null: as many as torch takes.
-        augment: distortions of the training images.
-        mlp: shape of model mlp.
-        vit: shape of model vit.
-    """
-
-    data: str | None = None
-    size: int | None = None
-    model: str = "mlp"
-    out: str = "runs/images"
-    epochs: int = 10
-    batch: int = 128
-    lr: float = 4e-3
-    warmup: float = 0.3
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    resume: str = "never"
-    seed: int = 0
-    dtype: str = "auto"
-    threads: int | None = None
-    augment: Distortions = field(default_factory=Distortions)
-    mlp: MLPShape = field(default_factory=MLPShape)
-    vit: ViTShape = field(default_factory=ViTShape)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ImageTrainConfig":
-        """From nested dictionaries, as the command's parser gives them; keys left out have their defaults."""
-        groups: dict[str, Any] = {"augment": Distortions, "mlp": MLPShape, "vit": ViTShape}
-        return cls(**{key: groups[key](**value) if key in groups else value for key, value in values.items()})
-
-    def check(self) -> None:
-        """ConfigError, naming the key, for the first setting that cannot work."""
-        for key, number in (
-            ("epochs", self.epochs),
-            ("batch", self.batch),
-            ("threads", self.threads),
-            ("size", self.size),
-        ):
-            if number is not None and number < 1:
-                raise ConfigError(f"{key} must be 1 or more, got {number}")
-        for key, value in (
-            ("lr", self.lr),
-            ("weight_decay", self.weight_decay),
-            ("clip", self.clip),
-            ("seed", self.seed),
-        ):
-            if not 0 <= value < float("inf") or (key == "lr" and value == 0):
-                raise ConfigError(f"{key} must be {'more than 0' if key == 'lr' else '0 or more'}, got {value}")
-        choices = {"dtype": ("auto", "bf16", "fp32"), "resume": ("never", "auto"), "mlp.activation": ACTIVATIONS}
-        for key, allowed in choices.items():
-            chosen = self.mlp.activation if key == "mlp.activation" else getattr(self, key)
-            if chosen not in allowed:
-                raise ConfigError(f"{key} must be one of {', '.join(allowed)}, got {chosen}")
-        if self.model not in ("mlp", "vit") and not self.model.startswith("torchvision/"):
-            raise ConfigError(f"model must be mlp, vit or torchvision/NAME, got {self.model}")
-        if not 0 <= self.warmup < 1:
-            raise ConfigError(f"warmup must lie in [0, 1), got {self.warmup}")
-        if any(width < 1 for width in self.mlp.hidden):
-            raise ConfigError(f"mlp.hidden must be positive widths, got {self.mlp.hidden}")
-        try:
-            self.distortions()
-        except ValueError as error:
-            raise ConfigError(str(error).replace("Augment: ", "augment.")) from None
-
-    def distortions(self) -> Augment:
-        a = self.augment
-        return Augment(shift=a.shift, rotate=a.rotate, scale=a.scale, elastic=a.elastic)
+RandomState = dict[str, str]  # of setup.random_state
 
 
 @dataclass(frozen=True)
@@ -223,7 +88,18 @@ class ImageTrainer:
         from safetensors import torch as _  # noqa: F401
 
         self.config, self.out = config, Path(config.out).expanduser()
-        setup.open_folder(self.out)
+        made = setup.open_folder(self.out)
+        self._lock = RunLock(self.out)
+        try:
+            self._prepare()
+        except BaseException:
+            self._lock.release()
+            setup.remove_empty(made)
+            raise
+        (self.out / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+    def _prepare(self) -> None:
+        config = self.config
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.train, self.test = (Images.load(config.data, split, size=config.size) for split in ("train", "test"))
@@ -239,20 +115,27 @@ class ImageTrainer:
         else:
             self.dtype = config.dtype
         self.loader = self.train.loader(config.batch, shuffle=True)
-        self.epoch = self._resume()
-        steps, per_epoch = config.epochs * len(self.loader), len(self.loader)
+        self.epoch = 0
+        self._began: RandomState | None = None  # random numbers when the epoch at hand began
+        self._done = EpochResult(0, len(self.loader), 0.0, 0.0, 0.0)  # of the epoch at hand
+        self._resume()
+        steps = config.epochs * len(self.loader)
         warmup = int(config.warmup * steps)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = config.lr
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
             lambda step: warmup_cosine(min(step, steps - 1), steps, warmup, 0.0),
-            last_epoch=self.epoch * per_epoch - 1,
+            last_epoch=self.step - 1,
         )
-        (self.out / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+    @property
+    def step(self) -> int:
+        """Steps done, of all epochs."""
+        return self.epoch * len(self.loader) + self._done.steps
 
     def run(self, report: Callable[[EpochEnd], Any] = lambda end: None) -> bool:
-        """Trains until the last epoch, saving after each; False if a signal came first (the epoch at hand is lost).
+        """Trains until the last epoch, saving after each; False if a signal came first, and the run can be resumed.
 
         Raises:
             TrainError: the loss is not finite any more, or something cannot be written.
@@ -260,63 +143,94 @@ class ImageTrainer:
         try:
             with StopRequest() as stop:
                 while self.epoch < self.config.epochs:
-                    started = time.perf_counter()
-                    trained = self._train_epoch(stop)
-                    if trained is None:
+                    if stop.requested:
                         return False
-                    if not trained[0] < float("inf"):
-                        raise TrainError(f"epoch {self.epoch + 1}: the loss is {trained[0]}; try a lower lr")
-                    seconds = time.perf_counter() - started
-                    self.epoch += 1
-                    logits = self.predict(self.test)
-                    test_loss = torch.nn.functional.cross_entropy(logits, self.test.labels).item()
-                    right = (logits.argmax(1) == self.test.labels).float().mean().item()
-                    end = EpochEnd(self.epoch, *trained, test_loss, right, seconds)
-                    self._save(end)
-                    report(end)
+                    self._train_epoch(stop)
+                    if self._done.steps < self._done.total:
+                        self._save()
+                        return False
+                    if not self._done.loss < float("inf"):
+                        raise TrainError(f"epoch {self.epoch + 1}: the loss is {self._done.loss}; try a lower lr")
+                    self._end_epoch(report)
         except OSError as error:
             raise TrainError(f"epoch {self.epoch}: cannot write to {self.out} ({error.strerror or error})") from error
+        finally:
+            self._lock.release()
         return True
 
-    def _train_epoch(self, stop: StopRequest) -> tuple[float, float] | None:
-        """Mean loss and accuracy; None if a signal came."""
-        config = self.config
+    def _end_epoch(self, report: Callable[[EpochEnd], Any]) -> None:
+        done = self._done
+        self.epoch, self._began = self.epoch + 1, None
+        self._done = EpochResult(0, len(self.loader), 0.0, 0.0, 0.0)
+        logits = self.predict(self.test)
+        test_loss = torch.nn.functional.cross_entropy(logits, self.test.labels).item()
+        right = (logits.argmax(1) == self.test.labels).float().mean().item()
+        end = EpochEnd(self.epoch, done.loss, done.accuracy or 0.0, test_loss, right, done.seconds)
+        self._save()
+        log = self.out / "metrics.jsonl"
+        kept = log.read_text(encoding="utf-8").splitlines()[: end.epoch - 1] if log.exists() else []
+        durable.write_text(log, "\n".join([*kept, json.dumps(dataclasses.asdict(end))]) + "\n")
+        report(end)
+
+    def _train_epoch(self, stop: StopRequest) -> None:
+        """Goes on to the end of the epoch at hand, or until a signal comes; `_done` says how far it came."""
+        config, cpu = self.config, torch.device("cpu")
         fade = (config.epochs - 1 - self.epoch) / config.augment.fade if config.augment.fade else 1.0
         self.loader.augment = config.distortions().times(min(1.0, fade))
         self.model.train()
+        resumed, self._saved = setup.random_state(cpu), time.monotonic()
+        if self._began is None:
+            self._began = resumed
+        else:  # the epoch's order and distortions are drawn as when it began
+            setup.set_random_state(self._began, cpu)
         if config.model == "mlp":
-            return self._train_native(stop)
-        loss_sum, right = 0.0, 0
-        for images, labels in self.loader:
+            self._train_native(stop)
+            return
+        order, seed = self.loader.order(), self.loader.draw_seed()
+        if self._done.steps:
+            setup.set_random_state(resumed, cpu)
+        for step, batch in enumerate(order.split(config.batch)):
+            if step < self._done.steps:
+                continue
             if stop.requested:
-                return None
-            self.optimizer.zero_grad(set_to_none=True)
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bf16"):
-                logits = self.model(self._channels(images))
-            loss = cross_entropy(logits.float(), labels)
-            loss.backward()
-            if config.clip:
-                clip_grad_norm_(self.model.parameters(), config.clip)
-            self.optimizer.step()
-            self.schedule.step()
-            loss_sum += loss.item() * len(labels)
-            right += int((logits.argmax(1) == labels).sum())
-        return loss_sum / len(self.train), right / len(self.train)
+                return
+            self._train_step(self.loader.inputs(batch, seed, step), self.train.labels[batch])
 
-    def _train_native(self, stop: StopRequest) -> tuple[float, float] | None:
+    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+        started = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bf16"):
+            logits = self.model(self._channels(images))
+        loss = cross_entropy(logits.float(), labels)
+        loss.backward()
+        if self.config.clip:
+            clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        done, new = self._done, len(labels)
+        seen = done.steps * self.config.batch
+        loss_sum = done.loss * seen + loss.item() * new
+        right = round((done.accuracy or 0.0) * seen) + int((logits.argmax(1) == labels).sum())
+        seconds = done.seconds + time.perf_counter() - started
+        self._went_on(EpochResult(done.steps + 1, done.total, loss_sum / (seen + new), right / (seen + new), seconds))
+
+    def _train_native(self, stop: StopRequest) -> None:
         class Stopped(Exception):
             pass
 
-        def look(_: Any) -> None:
-            if stop.requested:
+        def look(done: EpochResult) -> None:
+            self._went_on(done)
+            if stop.requested and done.steps < done.total:
                 raise Stopped
 
         trainer = MLPTrainer(self.model, "cross_entropy", self.optimizer, dtype=self.dtype)
-        try:
-            done = trainer.epoch(self.loader, scheduler=self.schedule, progress=look)
-        except Stopped:
-            return None
-        return done.loss, done.accuracy or 0.0
+        with contextlib.suppress(Stopped):
+            trainer.epoch(self.loader, scheduler=self.schedule, progress=look, resume=self._done)
+
+    def _went_on(self, done: EpochResult) -> None:
+        self._done = done
+        if done.steps < done.total and done.loss < math.inf and time.monotonic() - self._saved > SAVE_SECONDS:
+            self._save()
 
     def _channels(self, images: Tensor) -> Tensor:
         grey = images.shape[1] == 1 and self.config.model.startswith("torchvision/")
@@ -345,42 +259,50 @@ class ImageTrainer:
 
     # ---- checkpoints ----
 
-    def _resume(self) -> int:
-        """Epochs done before this run; a run that is there is never overwritten."""
-        place = self.out / "checkpoint"
-        if self.config.resume == "never":
-            if place.exists():
+    def _resume(self) -> None:
+        """Takes up the newest good checkpoint, if that is wanted; a run that is there is never overwritten."""
+        config = self.config
+        if config.resume == "never":
+            if files.checkpoint_folders(self.out):
                 raise ConfigError(
                     f"out: {self.out} holds a run already; go on with --resume auto, or choose another --out"
                 )
-            return 0
-        if not place.exists():
-            return 0
+            return
+        checkpoint, damage = files.newest_checkpoint(self.out)
+        if checkpoint is None:
+            if damage:
+                raise CheckpointError(damage[0])
+            return
+        mine = dataclasses.asdict(config)
         try:
-            state = json.loads((place / files.STATE).read_text(encoding="utf-8"))
-            before, epoch, random = state["config"], int(state["epoch"]), state["random"]
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{place}: damaged ({files.STATE}: {error})") from None
-        mine = dataclasses.asdict(self.config)
-        for key in mine:
-            if key not in _FREE and before.get(key) != mine[key]:
-                raise CheckpointError(
-                    f"{place}: of another run ({key} is {before.get(key)} there and {mine[key]} here)"
-                )
-        files.Checkpoint(place, state).restore(self.model, self.optimizer)
-        setup.set_random_state(random, torch.device("cpu"))
-        return epoch
+            state = checkpoint.state
+            before, done = state["config"], EpochResult(total=len(self.loader), **state["done"])
+            for key in mine:
+                if key not in _FREE and before.get(key) != mine[key]:
+                    raise CheckpointError(
+                        f"{checkpoint.path}: of another run ({key} is {before.get(key)} there and {mine[key]} here)"
+                    )
+            checkpoint.restore(self.model, self.optimizer)
+            setup.set_random_state(state["random"], torch.device("cpu"))
+            self.epoch, self._done = checkpoint.step // len(self.loader), done
+            self._began = state["began"] if done.steps else None
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"{checkpoint.path}: damaged ({files.STATE}: {error})") from None
 
-    def _save(self, end: EpochEnd) -> None:
-        place, unfinished = self.out / "checkpoint", self.out / "checkpoint.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        files.write_tensors(self.model, self.optimizer, unfinished)
-        random = setup.random_state(torch.device("cpu"))
-        state = {"epoch": end.epoch, "random": random, "config": dataclasses.asdict(self.config)}
-        (unfinished / files.STATE).write_text(json.dumps(state), encoding="utf-8")
-        shutil.rmtree(place, ignore_errors=True)
-        unfinished.rename(place)
-        log = self.out / "metrics.jsonl"
-        kept = log.read_text(encoding="utf-8").splitlines()[: end.epoch - 1] if log.exists() else []
-        log.write_text("\n".join([*kept, json.dumps(dataclasses.asdict(end))]) + "\n", encoding="utf-8")
+    def _save(self) -> None:
+        done = {key: value for key, value in dataclasses.asdict(self._done).items() if key != "total"}
+        files.save_checkpoint(
+            self.out / "checkpoints",
+            step=self.step,
+            model=self.model,
+            optimizer=self.optimizer,
+            tokenizer=None,
+            state={
+                "model": self.config.model,
+                "config": dataclasses.asdict(self.config),
+                "done": done,
+                "began": self._began,
+                "random": setup.random_state(torch.device("cpu")),
+            },
+        )
+        self._saved = time.monotonic()

@@ -108,6 +108,7 @@ class MLPTrainer:
         order: Tensor | None = None,
         scheduler: Any = None,
         progress: Callable[[EpochResult], Any] | None = None,
+        resume: EpochResult | None = None,
     ) -> EpochResult:
         """One pass over a loader's samples.
 
@@ -116,6 +117,7 @@ class MLPTrainer:
             order: [any] int64, the samples to take instead, in this order.
             scheduler: a scheduler of torch.optim.lr_scheduler whose steps are this method's; None: learning rates stay.
             progress: called some twenty times a second with what has been done.
+            resume: go on behind what has been done of this epoch before; torch's generator must be as when it began.
 
         Raises:
             ValueError, TypeError, IndexError: samples, targets or an order that do not fit the model.
@@ -137,9 +139,10 @@ class MLPTrainer:
         elif not 0 <= int(order.min()) <= int(order.max()) < len(loader.x):
             raise IndexError(f"MLPTrainer: order must hold samples in [0, {len(loader.x)}), got {int(order.max())}")
         order, batch = order.contiguous(), loader.batch_size
-        total, done, started = -(-len(order) // batch), 0, time.perf_counter()
-        loss_sum, right = 0.0, 0
-        result = EpochResult(0, total, 0.0, None, 0.0)
+        total, started = -(-len(order) // batch), time.perf_counter()
+        result = resume or EpochResult(0, total, 0.0, None, 0.0)
+        done, seen, started = result.steps, result.steps * batch, started - result.seconds
+        loss_sum, right = result.loss * seen, round((result.accuracy or 0.0) * seen)
         while done < total:
             steps = min(total - done, self._steps_a_call(batch))
             part = order[done * batch : (done + steps) * batch]

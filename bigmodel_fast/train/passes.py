@@ -5,9 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..data import Batches
+from .objectives import Batch, Loader
 
-Batch = tuple[Tensor, Tensor]  # tokens and targets, [batch, context] int64
 WARM_UPS = 3  # passes before one is recorded: kernels are compiled and memory is allocated in them
 
 
@@ -15,10 +14,13 @@ class Feed:
     """Batches on the device. On a GPU one is copied ahead, from pinned memory, while the one before it is computed.
 
     `state_dict` is the position behind the last batch that was handed out, whatever has been copied ahead.
+
+    Args:
+        part: what this process takes of a batch.
     """
 
-    def __init__(self, batches: Batches, device: torch.device):
-        self._batches, self._device = batches, device
+    def __init__(self, batches: Loader, device: torch.device, part: Callable[[Batch], Batch] = lambda batch: batch):
+        self._batches, self._device, self._part = batches, device, part
         self._ahead: tuple[Batch, dict[str, int]] | None = None  # and the position behind it
         self._state = batches.state_dict()
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -42,8 +44,8 @@ class Feed:
         self._ahead, self._state = None, self._batches.state_dict()
 
     def _draw(self) -> tuple[Batch, dict[str, int]]:
-        tokens, targets = self._batches.next()
-        return (self._copy(tokens), self._copy(targets)), self._batches.state_dict()
+        batch = self._part(self._batches.next())
+        return tuple(map(self._copy, batch)), self._batches.state_dict()
 
     def _wait_for(self, batch: Batch) -> None:
         if self._copies is not None:
@@ -69,31 +71,32 @@ class GraphedPass:
         parameters: those that get gradients.
     """
 
-    def __init__(self, run: Callable[[Tensor, Tensor], Tensor], parameters: list[Tensor]):
+    def __init__(self, run: Callable[..., Tensor], parameters: list[Tensor]):
         self._run, self._parameters = run, parameters
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, *batch: Tensor) -> Tensor:
         if self._graph is None:
-            self._record(tokens, targets)
+            self._record(batch)
         assert self._graph is not None
-        self._tokens.copy_(tokens)
-        self._targets.copy_(targets)
+        for kept, new in zip(self._batch, batch, strict=True):
+            kept.copy_(new)
         self._graph.replay()
         return self._loss.clone()
 
-    def _record(self, tokens: Tensor, targets: Tensor) -> None:
+    def _record(self, batch: Batch) -> None:
         """Gradients are zero before and after it: it is the first pass of a run's first step."""
-        self._tokens, self._targets = tokens.clone(), targets.clone()
+        self._batch = tuple(t.clone() for t in batch)
+        device = batch[0].device
         for p in self._parameters:
             p.grad = torch.zeros_like(p)
-        stream = torch.cuda.Stream(tokens.device)
-        stream.wait_stream(torch.cuda.current_stream(tokens.device))
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                self._run(self._tokens, self._targets)
-        torch.cuda.current_stream(tokens.device).wait_stream(stream)
+                self._run(*self._batch)
+        torch.cuda.current_stream(device).wait_stream(stream)
         torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._loss = self._run(self._tokens, self._targets)
+            self._loss = self._run(*self._batch)

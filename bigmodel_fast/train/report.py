@@ -8,6 +8,7 @@ from pathlib import Path
 class Start:
     """A run about to begin: shape, size and place of everything."""
 
+    model: str  # its name
     parameters: int
     train_tokens: int
     validation_tokens: int
