@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from .. import _dispatch
 from ..ops import _dense
 from ..ops._activation import activate
-from ..ops._autograd import positional
+from ..ops._autograd import apply
 from ..ops.dropout import dropout
 from ..ops.linear import linear
 
@@ -20,7 +20,6 @@ class _Product(torch.autograd.Function):
     """x [m, in] times weight [in, out]."""
 
     @staticmethod
-    @positional
     def forward(x, weight):
         shape = x.new_empty(1).expand(x.shape[0], weight.shape[1])  # of the output
         nothing = x.new_empty(0, weight.shape[0])
@@ -59,7 +58,7 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     usual = x.is_cpu and weight.is_contiguous() and x.numel() and _dispatch.unsupported(narrow, weight, bias) is None
     if not usual or not _dispatch.use_native("linear", None, x):
         return linear(x, weight.t(), bias)
-    y = _Product.apply(_dense.rows(narrow).contiguous(), weight).view(*x.shape[:-1], weight.shape[1])
+    y = apply(_Product, _dense.rows(narrow).contiguous(), weight).view(*x.shape[:-1], weight.shape[1])
     return y if bias is None else y + bias.to(y.dtype)
 
 
