@@ -14,7 +14,7 @@ struct ForwardShape {
   static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
   static constexpr int kStrips = kDim > 128 || kFull ? 1 : 2;
   static constexpr int kQueries = kWarps * kStrips * kStrip;
-  static constexpr int kKeys = kDim > 64 ? 32 : 64;
+  static constexpr int kKeys = kDim == 128 && !kFull ? 16 : kDim > 64 ? 32 : 64;
   static constexpr int kSharedBytes = 2 * kDim * (kQueries + 4 * kKeys);
 };
 
