@@ -69,6 +69,7 @@ attention_forward_kernel(BMF_CONSTANT const AttentionArgs a) {
         x = scores.logit(x, row + at.row, start + at.column, seen, derivative);
         if (!seen) x = -infinity();
       });
+    if (kFull) converge();  // a bias is read where it is seen
 #pragma unroll
     for (int s = 0; s < kStrips; ++s)
 #pragma unroll
