@@ -132,6 +132,7 @@ attention_query_gradient_kernel(BMF_CONSTANT const AttentionArgs a) {
       float derivative;
       x = weight_of(scores, x, row + at.row, start + at.column, masked, terms.at(at).lse, derivative) * derivative;
     });
+    if (kFull) converge();  // a bias is read where it is seen
     multiply_transposed<T, kDim>(grads, grad_rows, warp_row, values_at(stage));
     if (kFull && a.dropout > 0) {
       if (start % kDropoutGroup == 0 || start == begin) dropout.draw(scores, row, start);
@@ -261,10 +262,12 @@ attention_key_gradients_kernel(BMF_CONSTANT const AttentionArgs a) {
       uint32_t operand[1][kQueries / kDepth][4];
       if (makes_value) {
         as_operand<T>(operand, applied);
+        if (kFull) converge();  // a bias is read where it is seen
         multiply<T, kDim>(grad_value, operand, grads_at(stage));
       }
       if (makes_key) {
         float grads[1][kQueries / kColumns][kPerLane] = {};
+        if (kFull) converge();
         multiply_transposed<T, kDim>(grads, values, warp_key, grads_at(stage));
         load_terms<false>(delta, terms_at(stage));
         for_sums(grads, [&](float& x, const Spot& at) {

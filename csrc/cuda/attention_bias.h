@@ -73,6 +73,7 @@ attention_bias_gradient_kernel(BMF_CONSTANT const AttentionArgs a) {
       float derivative;  // the bias is added behind the softcap
       x = weight_of(scores, x, row + at.row, start + at.column, true, terms.at(at).lse, derivative);
     });
+    converge();  // a bias is read where it is seen
     multiply_transposed<T, kDim>(grads, grad_rows, warp_row, values);
     if (a.dropout > 0) {
       Dropout<1> dropout;

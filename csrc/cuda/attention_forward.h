@@ -14,7 +14,7 @@ struct ForwardShape {
   static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
   static constexpr int kStrips = kDim > 128 || kFull ? 1 : 2;
   static constexpr int kQueries = kWarps * kStrips * kStrip;
-  static constexpr int kKeys = kDim > 64 ? 32 : 64;
+  static constexpr int kKeys = kDim == 128 && !kFull ? 16 : kDim > 64 ? 32 : 64;
   static constexpr int kSharedBytes = 2 * kDim * (kQueries + 4 * kKeys);
 };
 
@@ -69,6 +69,7 @@ attention_forward_kernel(BMF_CONSTANT const AttentionArgs a) {
         x = scores.logit(x, row + at.row, start + at.column, seen, derivative);
         if (!seen) x = -infinity();
       });
+    if (kFull) converge();  // a bias is read where it is seen
 #pragma unroll
     for (int s = 0; s < kStrips; ++s)
 #pragma unroll

@@ -94,6 +94,7 @@ BMF_DEVICE void load_tile(Tile<kDim> tile, const Rows16& from, int first) {
       const int row = mine.row + i * Mine::kStep;
       store_shared(tile.at(row, mine.chunk), load_chunk(from, first + row, column));
     }
+    converge();
   }
 }
 
@@ -166,7 +167,6 @@ BMF_DEVICE void put_sums(Tile<kDim> tile, int row, const float (&sums)[kStrips][
 // sums[16 kStrips][kRows] += rows of a from `row` on times the transposed tile b of kRows rows.
 template <class T, int kDim, int kStrips, int kBlocks>
 BMF_DEVICE void multiply_transposed(float (&sums)[kStrips][kBlocks][kPerLane], Tile<kDim> a, int row, Tile<kDim> b) {
-  converge();
   const int lane = lane_index();
   const uint32_t from_a = a.at(row + lane % 16, lane / 16), from_b = b.at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
@@ -191,7 +191,6 @@ BMF_DEVICE void multiply_transposed(float (&sums)[kStrips][kBlocks][kPerLane], T
 template <class T, int kDim, int kStrips, int kSteps>
 BMF_DEVICE void multiply(float (&sums)[kStrips][kDim / kColumns][kPerLane], const uint32_t (&a)[kStrips][kSteps][4],
                          Tile<kDim> b) {
-  converge();
   const int lane = lane_index();
   const uint32_t from_b = b.at(lane % 16, lane / 16);
 #pragma unroll

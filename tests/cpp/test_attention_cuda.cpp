@@ -15,6 +15,8 @@ namespace {
 
 template <class T>
 constexpr double kEpsilon = std::is_same_v<T, bmf::bf16> ? 0x1p-7 : 0x1p-10;
+template <class T>
+constexpr double kSmallest = std::is_same_v<T, bmf::bf16> ? 0x1p-126 : 0x1p-14;  // below, errors are no longer relative
 
 // A tensor [batches, rows, heads, width] with `gap` unused elements behind each row. The memory ends with the last
 // number.
@@ -275,8 +277,10 @@ class Test {
       }
       for (int64_t key = 0; key < s.keys; ++key)
         total += top == -INFINITY ? 0 : std::exp(logits.value[row * s.keys + key] - top);
-      for (int64_t key = 0; key < s.keys; ++key)
-        w.weights.add(row * s.keys + key, total == 0 ? 0 : std::exp(logits.value[row * s.keys + key] - top) / total);
+      for (int64_t key = 0; key < s.keys; ++key) {
+        const double p = total == 0 ? 0 : std::exp(logits.value[row * s.keys + key] - top) / total;
+        w.weights.add(row * s.keys + key, p, p == 0 ? 0 : std::max(p, kSmallest<T>));
+      }
     }
     return w;
   }
