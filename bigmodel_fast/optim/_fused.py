@@ -14,7 +14,7 @@ def unsupported(group: dict[str, Any], parameters: Iterable[Tensor], options: tu
     for option in options:
         if group.get(option):
             return f"no kernel for {option}"
-    for t in (t for p in parameters for t in (p, p.grad)):
+    for t in (t for p in parameters for t in (p, p.grad) if t is not None):
         if t.dtype is torch.float32 and t.is_cpu and t.layout is torch.strided and t.is_contiguous():
             continue  # almost all, and there may be thousands
         if t.layout is not torch.strided:
