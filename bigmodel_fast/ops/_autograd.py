@@ -1,7 +1,7 @@
 """Makes calls of autograd functions cheaper."""
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.compiler import is_compiling
@@ -17,7 +17,7 @@ def _in_one(function: type[torch.autograd.Function]) -> type[torch.autograd.Func
         return output
 
     body = {"forward": staticmethod(forward), "backward": staticmethod(function.backward), "__doc__": function.__doc__}
-    return type(function.__name__, (torch.autograd.Function,), body)
+    return cast(type[torch.autograd.Function], type(function.__name__, (torch.autograd.Function,), body))
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:

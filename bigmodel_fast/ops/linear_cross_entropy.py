@@ -173,11 +173,15 @@ def linear_cross_entropy(
     reason = reason or few
     if not _dispatch.use_native(op, reason, x):
         # Of few tokens all logits are little, and their two operators write dW once and pack nothing.
-        multiply, losses = (linear, cross_entropy) if few else (linear_reference, cross_entropy_reference)
+        logits = (linear if few else linear_reference)(x, weight, bias)
         losses = partial(
-            losses, ignore_index=ignore_index, label_smoothing=label_smoothing, softcap=softcap, reduction=reduction
+            cross_entropy if few else cross_entropy_reference,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            softcap=softcap,
+            reduction=reduction,
         )
-        return _of_logits(multiply(x, weight, bias), target, ignore_index, losses, return_accuracy)
+        return _of_logits(logits, target, ignore_index, losses, return_accuracy)
     wants = tuple(_dense.needs_grad(t) for t in (x, weight, bias))
     options = (ignore_index, label_smoothing, softcap or 0.0, reduction)
     tokens = target.reshape(-1).contiguous()
