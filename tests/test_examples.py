@@ -84,3 +84,71 @@ def test_tabular_finds_the_malignant(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert figures["f1"] > 0.94
     assert figures["auc"] > 0.98
     assert (tmp_path / "roc.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- translation ----
+
+
+@pytest.fixture
+def translating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The example with a recipe of a tiny model, and a folder of pairs `tmp_path`/pairs."""
+    for package in ("yaml", "safetensors", "matplotlib", "tokenizers", "rich"):
+        pytest.importorskip(package)
+    import yaml
+
+    translate = example("translate")
+    recipe = yaml.safe_load(translate.RECIPE.read_text())
+    recipe["model"] |= {"layers": 1, "heads": 2, "width": 32, "mlp_width": 64}
+    recipe |= {"steps": 4, "vocab_size": 300, "cache": str(tmp_path / "cache"), "out": str(tmp_path / "run")}
+    recipe["optim"]["batch"] = 8
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr(translate, "RECIPE", tmp_path / "recipe.yaml")
+    (tmp_path / "pairs").mkdir()
+    for split in ("train", "val", "test"):
+        for language, words in (("en", "a man and a dog"), ("de", "ein Mann und ein Hund")):
+            lines = [f"{words} {i}" for i in range(80 if split == "train" else 8)]
+            (tmp_path / "pairs" / f"{split}.{language}").write_text("\n".join(lines) + "\n")
+    return translate
+
+
+def test_translation_is_learnt_and_measured(translating: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:
+    pytest.importorskip("sacrebleu")
+    data = str(tmp_path / "pairs")
+    monkeypatch.setattr(sys, "argv", ["translate.py", "--data", data, "--test", "test", "--beams", "2"])
+    translating.main()
+    shown = capsys.readouterr().out
+    assert "\nstep 4: BLEU " in shown
+    assert len((tmp_path / "run" / "test.de").read_text().splitlines()) == 8
+    references = [f"ein Mann und ein Hund {i}" for i in range(8)]
+    monkeypatch.setattr(translating, "translate_lines", lambda model, tokenizer, lines, **_: references)
+    assert translating.bleu(tmp_path / "run", references, references)["bleu"] == pytest.approx(100)
+
+
+def test_translation_is_timed_beside_torchs(translating: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["translate.py", "--data", str(tmp_path / "pairs"), "--compare", "2"])
+    translating.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("  ")[0] for line in lines] == [
+        "bigmodel_fast",
+        "nn.Transformer, padded",
+        "nn.Transformer, bucketed",
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+def test_fine_tuning_beside_a_plain_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    from tiny_models import tiny_bert, write_lines
+
+    rows = [{"text": f"i saw a {('cat', 'dog')[i % 2]}", "label": i % 2} for i in range(40)]
+    model = tiny_bert(tmp_path / "bert", [str(r["text"]) for r in rows])
+    data = write_lines(tmp_path / "data.jsonl", rows)
+    argv = ["example", "--model", model, "--data", data, "--steps", "2", "--batch", "4", "--max-length", "16"]
+    monkeypatch.setattr(sys, "argv", argv)
+    example("finetune_beside_stock").main()
+    said = capsys.readouterr().out
+    assert [line.partition("median")[0].strip() for line in said.splitlines()[1:]] == [
+        "ours", "stock, shuffled", "stock, ours",
+    ]  # fmt: skip

@@ -289,7 +289,7 @@ def test_a_loss_that_stays_nan_ends_the_run_and_leaves_good_weights(settings) ->
     seen = Act(0, fail)
     with pytest.raises(TrainError, match=r"no finite loss .* lower optim\.lr .* last good checkpoint"):
         pretrain(config, seen)
-    assert len(seen.steps) < 20
+    assert [s.step for s in seen.steps] == [1, *range(2, 12), *range(2, 12)]  # once more from the checkpoint
     model = load_checkpoint(config.out_folder).model()
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -302,7 +302,7 @@ def test_a_full_disk_in_mid_run_leaves_the_last_checkpoint(settings) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
 
     try:
-        with pytest.raises(TrainError, match=r"step 4: cannot write to .* last good checkpoint is .*step-00000002"):
+        with pytest.raises(TrainError, match=r"step \d+: cannot write to .* last good checkpoint is .*step-00000002"):
             pretrain(config, Act(3, fill_disk))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -101,7 +101,7 @@ class Seeming:
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         monkeypatch.setattr(torch.cuda, "graph", self.record)
-        monkeypatch.setattr(loop.setup, "require_features", lambda config, device: None)
+        monkeypatch.setattr(loop.setup, "require_features", lambda config, device, ranks: None)
 
     def wait_stream(self, other) -> None: ...
 

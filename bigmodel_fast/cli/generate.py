@@ -3,17 +3,16 @@ Transformer translates it.
 """
 
 import codecs
-import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 
 from .._packed_weights import packed_weights
 from ..data import DataError, Tokenizer
-from ..models import BERT, GPT, Transformer, pack, translate
-from ..train import ConfigError, load_checkpoint, pick_device, pick_dtype
+from ..models import BERT, GPT
+from ..train import ConfigError, load_checkpoint, pick_device, pick_dtype, translate_lines
 from .arguments import parse
 
 DESCRIPTION = """Continues a text with a GPT that `bigmodel-fast pretrain` trained, fills in each [MASK] of it with a
@@ -21,7 +20,6 @@ BERT (--objective mlm), or translates it with a Transformer (--objective seq2seq
 there is no --prompt."""
 MASK = "[MASK]"
 NEW_TOKENS, CANDIDATES = 200, 5  # where none is given
-SENTENCES = 64  # translated at once
 
 
 def run(argv: list[str]) -> int:
@@ -78,7 +76,12 @@ def generate(
         if checkpoint.objective == "mlm":
             _fill_in(model, tokenizer, prompt, top_k or CANDIDATES, where)
         elif checkpoint.objective == "seq2seq":
-            _translate(model, tokenizer, _lines(prompt, input), where, beams, length_penalty, max_new_tokens)
+            lines = _lines(prompt, input)
+            search = translate_lines(
+                model, tokenizer, lines, beams=beams, length_penalty=length_penalty, max_new_tokens=max_new_tokens
+            )
+            for text in search:
+                _show(text + "\n")
         else:
             limits = (max_new_tokens or NEW_TOKENS, temperature, top_k, top_p)
             _continue(model, tokenizer, prompt, samples, seed, where, limits)
@@ -148,53 +151,6 @@ def _lines(prompt: str, input: str | None) -> Iterator[str]:
             raise ConfigError(f"input: {input}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise DataError(f"input: {input}: is not UTF-8 text") from None
-
-
-def _translate(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    lines: Iterable[str],
-    where: torch.device,
-    beams: int,
-    length_penalty: float,
-    max_new_tokens: int | None,
-) -> None:
-    """Prints a translation of each line, in their order; an empty one of an empty line."""
-    for texts in translations(model, tokenizer, lines, where, beams, length_penalty, max_new_tokens):
-        for text in texts:
-            _show(text + "\n")
-
-
-def translations(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    lines: Iterable[str],
-    where: torch.device,
-    beams: int = 4,
-    length_penalty: float = 0.6,
-    max_new_tokens: int | None = None,
-) -> Iterator[list[str]]:
-    """Translations of lines, some at a time. ConfigError for one that is longer than the model's context."""
-    numbered = enumerate((line.strip() for line in lines), 1)
-    while part := list(itertools.islice(numbered, SENTENCES)):
-        texts = {number: "" for number, _ in part}
-        sources = {number: [*tokenizer.encode(line), tokenizer.end] for number, line in part if line}
-        for number, tokens in sources.items():
-            if len(tokens) > model.config.context:
-                raise ConfigError(
-                    f"line {number}: has {len(tokens)} tokens, more than the context of {model.config.context}"
-                )
-        packed = pack(list(sources.values()), where)
-        found = translate(
-            model,
-            *packed,
-            end=tokenizer.end,
-            beams=beams,
-            length_penalty=length_penalty,
-            max_new_tokens=max_new_tokens,
-        )
-        texts |= {number: tokenizer.decode(t.tokens) for number, t in zip(sources, found, strict=True)}
-        yield list(texts.values())
 
 
 def _show(text: str) -> None:

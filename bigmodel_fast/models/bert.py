@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import nn, ops
-from .layers import EncoderLayer, LayerShape
+from .layers import EncoderLayer, LayerShape, StreamNorm
 
 NORM_EPS = 1e-12
 
@@ -65,7 +65,7 @@ class BERT(torch.nn.Module):
         self.embedding = torch.nn.Embedding(c.vocab_size, c.width)
         self.positions = torch.nn.Embedding(c.context, c.width)
         self.segments = torch.nn.Embedding(c.segments, c.width)
-        self.norm = nn.LayerNorm(c.width, eps=NORM_EPS)
+        self.norm = StreamNorm(c.width, eps=NORM_EPS)
         shape = LayerShape(c.width, c.heads, c.hidden, "gelu", False, NORM_EPS, c.dropout, c.dropout)
         self.layers = torch.nn.ModuleList(EncoderLayer(shape) for _ in range(c.layers))
         self.transform = nn.Linear(c.width, c.width, activation="gelu")

@@ -42,6 +42,14 @@ class LayerShape:
     attention_dropout: float = 0.0
 
 
+class StreamNorm(nn.LayerNorm):
+    """A norm of the residual stream whose output is the stream: it keeps its dtype, float32, under autocast."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x, residual)
+
+
 class Attention(torch.nn.Module):
     """Attention with the parameters of torch.nn.MultiheadAttention; subclasses say to what."""
 
@@ -128,10 +136,13 @@ class Layer(torch.nn.Module):
         self.self_attn = SelfAttention(shape.width, shape.heads, shape.dropout, shape.attention_dropout)
         self.linear1 = torch.nn.Linear(shape.width, shape.hidden)
         self.linear2 = torch.nn.Linear(shape.hidden, shape.width)
-        self.norm1, self.norm2 = (nn.LayerNorm(shape.width, eps=shape.eps) for _ in range(2))
+        self.norm1, self.norm2 = self.new_norm(), self.new_norm()
         for linear in (self.linear1, self.linear2):
             torch.nn.init.xavier_uniform_(linear.weight)
             torch.nn.init.zeros_(linear.bias)
+
+    def new_norm(self) -> nn.LayerNorm:
+        return (nn.LayerNorm if self.shape.norm_first else StreamNorm)(self.shape.width, eps=self.shape.eps)
 
     def around(self, norm: torch.nn.Module, sublayer: Sublayer, x: Tensor) -> Tensor:
         """norm(sublayer(x) + x), or sublayer(norm(x)) + x."""
@@ -165,7 +176,7 @@ class DecoderLayer(Layer):
 
     def __init__(self, shape: LayerShape):
         super().__init__(shape)
-        self.norm3 = nn.LayerNorm(shape.width, eps=shape.eps)
+        self.norm3 = self.new_norm()
         self.multihead_attn = CrossAttention(shape.width, shape.heads, shape.dropout, shape.attention_dropout)
 
     def forward(self, x: Tensor, starts: Tensor, memory: Tensor, memory_starts: Tensor) -> Tensor:

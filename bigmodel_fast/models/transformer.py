@@ -111,11 +111,12 @@ class Transformer(torch.nn.Module):
         """Embeddings times sqrt(width), plus positions: [tokens, width]."""
         begins = starts.to(torch.int64)
         lengths = begins.diff()
-        if len(lengths) and int(lengths.max()) > self.config.context:
+        if starts.is_cpu and len(lengths) and int(lengths.max()) > self.config.context:  # nobody waits for a GPU here
             raise ValueError(
                 f"Transformer: {int(lengths.max())} tokens are more than the context of {self.config.context}"
             )
-        within = torch.arange(len(tokens), device=tokens.device) - begins[:-1].repeat_interleave(lengths)
+        first = begins[:-1].repeat_interleave(lengths, output_size=len(tokens))
+        within = torch.arange(len(tokens), device=tokens.device) - first
         return self.embed_at(tokens, self.table[within])
 
     def embed_at(self, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ class AdamW(torch.optim.AdamW):
 
     float32 and bfloat16 parameters, and float16 ones on NVIDIA GPUs, take the kernel (computed in float32; states in
     the parameter's dtype, as torch keeps them). Other devices and dtypes, sparse gradients, amsgrad, capturable,
-    differentiable or a closure take torch's own step; `bmf.explain()` says so.
+    differentiable or a closure take torch's own step; `bmf.explain()` says so. Of DTensors (FSDP2) each process steps
+    its shard.
 
     Args:
         stochastic_rounding: round bfloat16 parameters and their states up or down at random, so that updates smaller
@@ -38,8 +39,9 @@ class AdamW(torch.optim.AdamW):
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Has the next `step` scale the gradients so that their norm, all parameters together, is at most `max_norm`.
 
-        As `clip_grad_norm_` before the step, without its pass over the gradients: on CPU .grad stays as it is, and the
-        step scales what it reads. On other devices, and where the kernel does not take the step, .grad is scaled here.
+        As `clip_grad_norm_` before the step, also of shards, without its pass over the gradients: on CPU .grad stays as
+        it is, and the step scales what it reads. On other devices, and where the kernel does not take the step, .grad
+        is scaled here.
 
         Returns:
             The norm before clipping, float32.
@@ -52,7 +54,7 @@ class AdamW(torch.optim.AdamW):
         )
         if reason or not parameters or not _dispatch.use_native("clip_grad_norm", reason, _fused.first(groups)):
             return clip_grad_norm_(parameters, max_norm)
-        norm = torch.ops.bigmodel_fast.grad_norm([p.grad for p in parameters])
+        norm = _fused.norm_of_all(p.grad for p in parameters if p.grad is not None)
         self._grad_scale = clip_factor(norm, max_norm)
         return torch.tensor(norm)
 
@@ -86,14 +88,15 @@ class AdamW(torch.optim.AdamW):
                     state["step"] = torch.tensor(0.0)
                     state["exp_avg"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
                     state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
-                state["step"] += 1
                 states.append(state)
+            steps = [s["step"] for s in states]
+            torch._foreach_add_(steps, 1)
             torch.ops.bigmodel_fast.adamw_(
-                parameters,
-                [p.grad for p in parameters],
-                [s["exp_avg"] for s in states],
-                [s["exp_avg_sq"] for s in states],
-                [int(s["step"]) for s in states],
+                _fused.local(parameters),
+                _fused.local(p.grad for p in parameters if p.grad is not None),
+                _fused.local(s["exp_avg"] for s in states),
+                _fused.local(s["exp_avg_sq"] for s in states),
+                [int(step.item()) for step in steps],
                 float(group["lr"]),
                 *(float(b) for b in group["betas"]),
                 float(group["eps"]),

@@ -30,9 +30,9 @@ class SGD(torch.optim.SGD):
                 buffers.append(self.state[p]["momentum_buffer"])
                 steps.append(1 if fresh else 2)
             torch.ops.bigmodel_fast.sgd_(
-                parameters,
-                [p.grad for p in parameters],
-                buffers,
+                _fused.local(parameters),
+                _fused.local(p.grad for p in parameters if p.grad is not None),
+                _fused.local(buffers),
                 steps,
                 float(group["lr"]),
                 float(group["momentum"]),

@@ -8,7 +8,8 @@
         state.json             everything else, and size and SHA-256 of the other files
 
 One is written under another name, flushed to the disk and renamed, so a crash or a full disk leaves the ones before it
-as they were; only then are old ones removed. Runs over several ranks may write shards instead (`sharded`).
+as they were; only then are old ones removed. Runs whose ranks hold shards write a file each, shard-*.safetensors,
+instead of the first two (see `shards`).
 """
 
 import contextlib
@@ -24,9 +25,9 @@ from torch import Tensor
 
 from ..data import Tokenizer
 from ..models import BERT, GPT, BERTConfig, GPTConfig, Transformer, TransformerConfig
-from . import durable, safefiles
+from . import durable, safefiles, shards
 from .errors import CheckpointError
-from .safefiles import damaged, read_tensors, write_tensors
+from .safefiles import Entry, damaged, read_tensors, write_tensors
 
 MODELS: dict[str, tuple[Any, Any]] = {  # by objective: a model, and the class of its config
     "clm": (GPT, GPTConfig),
@@ -74,7 +75,7 @@ class Checkpoint:
         Raises:
             CheckpointError: a shape that no model has, or another than the weights'.
         """
-        shapes = {name: entry.shape for name, entry in safefiles.read_header(self.path / MODEL).items()}
+        shapes = {name: entry.shape for name, entry in self._tensors()[0].items()}
         elements = sum(map(math.prod, shapes.values()))
         fields = self.state["model"].items() if isinstance(self.state["model"], dict) else ()
         for name, value in fields:
@@ -103,20 +104,30 @@ class Checkpoint:
         except BaseException as error:  # the tokenizers library raises Exception itself, and panics that are none
             damaged(path, f"is no tokenizer: {' '.join(str(error).split())[:200]}")
 
+    def _tensors(self) -> tuple[dict[str, Entry], dict[str, Entry]]:
+        """The weights, and the states of the optimizer, that its files hold."""
+        found = shards.whole_tensors(self.path)
+        return ({k: v for k, v in found.items() if "/" not in k}, {k: v for k, v in found.items() if "/" in k})
+
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Loads the weights into `model`, and what belongs to its parameters into `optimizer`.
+        """Loads the weights into `model`, and what belongs to its parameters into `optimizer`; both may be in shards.
 
         Raises:
             CheckpointError: they are those of another model.
         """
-        try:
-            model.load_state_dict(read_tensors(self.path / MODEL))
-        except RuntimeError:
-            raise CheckpointError(f"{self.path}: its weights are those of another model") from None
+        (stored, stored_states), weights = self._tensors(), model_tensors(model)
+        if {k: tuple(v.shape) for k, v in weights.items()} != {k: v.shape for k, v in stored.items()}:
+            raise CheckpointError(f"{self.path}: its weights are those of another model")
+        if shards.has_shards(model) or not (self.path / MODEL).exists():
+            states = {} if optimizer is None else _empty_states(model, stored_states)
+            shards.read_shards({**weights, **states}, self.path)
+        else:
+            read_model(model, self.path / MODEL)
+            states = {} if optimizer is None else read_tensors(self.path / OPTIMIZER)
         if optimizer is not None:
-            self.restore_optimizer(read_tensors(self.path / OPTIMIZER), model, optimizer)
+            self._restore_states(states, model, optimizer)
 
-    def restore_optimizer(self, tensors: Tensors, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def _restore_states(self, tensors: Tensors, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """States named <parameter>/<state>, into the optimizer of the model's parameters."""
         names, parameters = parameter_names(model, optimizer), dict(model.named_parameters())
         states: dict[int, Tensors] = {}
@@ -128,6 +139,18 @@ class Checkpoint:
                 raise CheckpointError(f"{self.path}: its optimizer's {key} has the shape {list(tensor.shape)}")
             states.setdefault(names.index(name), {})[part] = tensor
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _empty_states(model: torch.nn.Module, stored: dict[str, Entry]) -> Tensors:
+    """Zeros for states named <parameter>/<state>, sharded as their parameters are."""
+    parameters, states = dict(model.named_parameters()), {}
+    for key, entry in stored.items():
+        parameter = parameters.get(key.rpartition("/")[0])
+        if parameter is None or not entry.shape:
+            states[key] = torch.zeros(entry.shape)
+        else:
+            states[key] = torch.zeros_like(parameter)
+    return states
 
 
 def save_checkpoint(
@@ -170,7 +193,7 @@ def write_checkpoint(
     keep_best: int = 0,
 ) -> Path:
     """As `save_checkpoint`, with tensors that `fill` writes into the folder it is given."""
-    final = folder / f"step-{step:08d}"
+    final = step_folder(folder, step)
 
     def fill_all(unfinished: Path) -> None:
         fill(unfinished)
@@ -193,6 +216,11 @@ def write_checkpoint(
     return final
 
 
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return folder / f"step-{step:08d}"
+
+
 def _score(path: Path) -> float:
     """A checkpoint's validation loss; infinity for one without, or whose state cannot be read."""
     with contextlib.suppress(CheckpointError, KeyError, TypeError, ValueError):
@@ -202,8 +230,15 @@ def _score(path: Path) -> float:
 
 
 def model_tensors(model: torch.nn.Module) -> Tensors:
-    """The weights by name; the model's own, not copies."""
-    return model.state_dict()
+    """The weights by name; the model's own, not copies. Those that are tied are there once, by their first name."""
+    state, firsts = model.state_dict(), set(_first_names(model).values())
+    return {name: tensor for name, tensor in state.items() if name in firsts}
+
+
+def _first_names(model: torch.nn.Module) -> dict[str, str]:
+    """For each name in the model's state dict the first name of the same tensor."""
+    firsts: dict[int, str] = {}
+    return {name: firsts.setdefault(id(t), name) for name, t in model.state_dict(keep_vars=True).items()}
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
@@ -224,6 +259,30 @@ def write_model(model: torch.nn.Module, path: Path) -> None:
     write_tensors(model_tensors(model), path)
 
 
+def read_model(model: torch.nn.Module, path: Path) -> None:
+    """Loads what `write_model` wrote; CheckpointError for the weights of another model."""
+    tensors = read_tensors(path)
+    tied = {name: tensors[first] for name, first in _first_names(model).items() if first in tensors}
+    try:
+        model.load_state_dict(tensors | tied)
+    except RuntimeError:
+        raise CheckpointError(f"{path.parent}: its weights are those of another model") from None
+
+
+def export(path: str | Path, out: Path) -> None:
+    """The weights of the checkpoint at `path` (see `load_checkpoint`), in shards or whole, as one safetensors file.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    checkpoint = load_checkpoint(path)
+    stored, _ = checkpoint._tensors()
+    weights = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in stored.items()}
+    shards.read_shards(weights, checkpoint.path)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(weights, out)
+
+
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint at `path`: its folder, or a run's, of which the newest good one is taken.
 
@@ -239,10 +298,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest good checkpoint of a run's folder, if any, and what is wrong with those after it."""
+def newest_checkpoint(run: Path, before: Path | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest good checkpoint of a run's folder (before another one), if any, and what is wrong with later ones."""
     damage: list[str] = []
     for path in checkpoint_folders(run):
+        if before is not None and path.name >= before.name:
+            continue
         try:
             return _verified(path), damage
         except CheckpointError as error:
@@ -260,15 +321,28 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _verified(path: Path) -> Checkpoint:
+    checkpoint = open_checkpoint(path)
+    for name, entry in checkpoint.state["files"].items():
+        if durable.digest(path / name) != entry["sha256"]:
+            damaged(path / name, "is not what was written")
+    return checkpoint
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a folder, whose files are of the right size; their contents are not compared with their sums.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
     if not (path / STATE).is_symlink() and not (path / STATE).exists():
         raise CheckpointError(f"{path}: no checkpoint here ({STATE} is missing)")
     state = safefiles.read_json(path / STATE)
     try:
         if state["format"] != FORMAT:
             raise CheckpointError(f"{path}: of format {str(state['format'])[:20]}, this version reads format {FORMAT}")
-        files = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in state["files"].items()}
+        files = {str(name): int(f["bytes"]) for name, f in state["files"].items() if isinstance(f["sha256"], str)}
         whole = {"step", "model"} <= state.keys() and type(state["step"]) is int and state["step"] >= 0
-        complete = whole and {MODEL, OPTIMIZER} <= files.keys()
+        complete = whole and ({MODEL, OPTIMIZER} <= files.keys() or any(n.startswith(shards.PREFIX) for n in files))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -278,7 +352,7 @@ def _verified(path: Path) -> Checkpoint:
     for name in files:
         if not safefiles.plain_name(name):
             raise CheckpointError(f"{path}: damaged ({STATE} names {name[:80]!r}, which is no file in its folder)")
-    for name, (size, _) in files.items():
+    for name, size in files.items():
         file = path / name
         if (there := safefiles.plain_file(file)) != size:
             damaged(file, f"has {there} bytes of {size}")
@@ -286,7 +360,4 @@ def _verified(path: Path) -> Checkpoint:
             safefiles.read_header(file)
         elif size > OTHER_BYTES:
             damaged(file, f"has {size} bytes; at most {OTHER_BYTES} are read")
-    for name, (_, expected) in files.items():
-        if durable.digest(path / name) != expected:
-            damaged(path / name, "is not what was written")
     return Checkpoint(path, state)

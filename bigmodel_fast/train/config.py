@@ -139,12 +139,17 @@ class TrainConfig:
         eval_sequences: sequences one measurement takes, spread evenly over the validation text.
         save_every: steps between two checkpoints; the end of a run and Ctrl-C save as well.
         keep: checkpoints to keep, the newest ones.
+        keep_best: more to keep: those of the lowest validation loss (save_every should be a multiple of eval_every).
+        async_save: write checkpoints while training goes on, from a copy of weights and optimizer states in memory.
+        spike: a step's loss so many standard deviations above those before it is not learned from. 0: every loss is.
         log_every: steps between two printed lines where there is no terminal to show a bar on.
         seed: of the weights and of the order of the data.
         device: auto (CUDA if there is some), cpu or cuda.
         dtype: auto (bf16 on CUDA and on CPUs that multiply bf16, else fp32), bf16 (autocast, float32 weights) or fp32.
         compile: train through torch.compile; the first step takes a minute or so, and resuming stays exact.
         cuda_graphs: record a pass as a CUDA graph and replay it: the CPU cannot hold up small models. CUDA only.
+        parallel: how a run of several ranks is spread: ddp (each holds the whole model) or fsdp (each holds a share).
+        launch: start so many ranks on this machine; torchrun starts them on many.
         threads: CPU threads. null: as many as torch takes.
         tensorboard: write TensorBoard events as well.
         cache: folder of tokenized corpora. null: bigmodel_fast in $XDG_CACHE_HOME or ~/.cache.
@@ -166,12 +171,17 @@ class TrainConfig:
     eval_sequences: int = 64
     save_every: int = 200
     keep: int = 2
+    keep_best: int = 0
+    async_save: bool = True
+    spike: float = 10.0
     log_every: int = 10
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = False
     cuda_graphs: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    launch: int = 1
     threads: int | None = None
     tensorboard: bool = False
     cache: str | None = None
@@ -198,9 +208,9 @@ class TrainConfig:
                 if isinstance(number, float) and not math.isfinite(number):
                     raise ConfigError(f"{key} must be a finite number, got {number}")
         o = self.optim
-        every = ("steps", "eval_every", "eval_sequences", "save_every", "keep", "log_every", "threads")
+        every = ("steps", "eval_every", "eval_sequences", "save_every", "keep", "log_every", "threads", "launch")
         at_least = {
-            0: {"seed": self.seed, "optim.warmup": o.warmup}
+            0: {"seed": self.seed, "keep_best": self.keep_best, "spike": self.spike, "optim.warmup": o.warmup}
             | {"optim.weight_decay": o.weight_decay, "optim.clip": o.clip},
             1: {key: getattr(self, key) for key in every}
             | {"optim.batch": o.batch, "optim.accumulation": o.accumulation},
@@ -249,6 +259,10 @@ class TrainConfig:
         if self.optim.batch * self.optim.accumulation == other.optim.batch * other.optim.accumulation:
             different = [k for k in different if k not in passes]
         return different
+
+    def over(self, ranks: int) -> "TrainConfig":
+        """The run of one rank that takes the steps which `ranks` ranks take with these settings."""
+        return dataclasses.replace(self, optim=dataclasses.replace(self.optim, batch=self.optim.batch * ranks))
 
     def value(self, key: str) -> Any:
         """The setting at a dotted key."""

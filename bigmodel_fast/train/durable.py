@@ -16,10 +16,10 @@ def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         OSError: it could not be written; what was there before is as it was.
     """
-    unfinished = final.with_name(final.name + UNFINISHED)
+    unfinished = aside(final)
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        unfinished.mkdir(parents=True, exist_ok=True)  # another rank may have been first
         fill(unfinished)
         for path in (*unfinished.iterdir(), unfinished):
             flush(path)
@@ -35,6 +35,11 @@ def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
+def aside(final: Path) -> Path:
+    """Where something is written before it gets its name."""
+    return final.with_name(final.name + UNFINISHED)
+
+
 def remove_folder(folder: Path) -> None:
     """Removes a folder at once for whoever looks for its name, then its files; one that resists stays."""
     removed = folder.with_name(folder.name + REMOVED)
@@ -46,7 +51,7 @@ def remove_folder(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Makes or replaces a small file: a reader finds the old text or the new one, never a part."""
-    unfinished = path.with_name(path.name + UNFINISHED)
+    unfinished = aside(path)
     unfinished.write_text(text, encoding="utf-8")
     flush(unfinished)
     os.replace(unfinished, path)

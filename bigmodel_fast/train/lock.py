@@ -1,6 +1,7 @@
 """One process for a run's folder."""
 
 import fcntl
+import gc
 import os
 import socket
 from pathlib import Path
@@ -20,6 +21,7 @@ class RunLock:
 
     def __init__(self, folder: Path):
         self._path = folder / NAME
+        gc.collect()  # a run of this process that was dropped lets go
         while True:
             self._file = self._path.open("a+", encoding="utf-8")
             try:

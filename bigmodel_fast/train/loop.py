@@ -5,13 +5,11 @@ schedule and random numbers are in the checkpoint. (Under a budget of minutes th
 that is cut into other passes than before is summed in another order.)
 """
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,16 +17,22 @@ from torch import Tensor
 from .._packed_weights import packed_weights
 from ..optim import cosine
 from . import setup
-from .checkpoint import Checkpoint, save_checkpoint
 from .config import TrainConfig
-from .errors import CheckpointError, TrainError, is_out_of_memory
+from .distributed import Ranks, is_lost_rank
+from .errors import TrainError, is_out_of_memory
+from .faults import BAD_STEPS, Health
+from .lock import RunLock
 from .metrics import MetricsLog, plot_losses
 from .objectives import Batch, make_objective
 from .passes import Feed, GraphedPass
 from .report import Evaluation, Reporter, Start, Step
+from .saver import Saver
+from .shards import has_shards
 from .signals import StopRequest
+from .state import smaller_passes, state_of, take_up
 
-BAD_STEPS = 10  # in a row without a finite loss and gradient, after which a run gives up
+DRAW_SECONDS = 60.0  # between two pictures of the losses; one takes a tenth of a second or more
+ROLL_BACKS = 3  # without a new checkpoint, after which a run gives up
 
 
 @dataclass(frozen=True)
@@ -63,31 +67,38 @@ class Trainer:
         config.check()
         setup.require_packages(config)
         self.config = config
-        self.report = reporter or Reporter()
         self.device = setup.pick_device(config.device)
         self.dtype = setup.pick_dtype(config.dtype, self.device)
-        setup.require_features(config, self.device)
+        self.ranks = Ranks(self.device)
+        self.device = self.ranks.device
+        self.report = reporter if reporter is not None and self.ranks.first else Reporter()
+        setup.require_features(config, self.device, self.ranks.size)
         made = setup.open_folder(config.out_folder)
         try:
+            self._lock = RunLock(config.out_folder) if self.ranks.first else None
             self._prepare()
-        except BaseException:
+        except BaseException as error:
+            self._release()
             setup.remove_empty(made)
+            if isinstance(error, RuntimeError) and self._is_lost_rank(error):
+                raise TrainError(f"rank {self.ranks.rank}: another rank has ended before the first step") from None
             raise
 
     def _prepare(self) -> None:
         config = self.config
-        checkpoint = setup.find_checkpoint(config, self.report.message)
+        checkpoint = setup.find_checkpoint(config, self.ranks, self.report.message)
         if checkpoint is not None:
-            setup.require_same_run(config, self.dtype, checkpoint)
+            setup.require_same_run(config, self.ranks, self.dtype, checkpoint)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
 
         try:
-            self.objective = make_objective(config, self.report.preparing)
+            with self.ranks.first_of_machine_first():
+                self.objective = make_objective(config.over(self.ranks.size), self.report.preparing)
         finally:
             self.report.prepared()
         self._byte_lengths = setup.byte_lengths(self.objective.tokenizer)
-        self.feed = Feed(self.objective.batches, self.device)
+        self.feed = Feed(self.objective.batches, self.device, self._rows)
         torch.manual_seed(config.seed)
         try:
             self.model = self.objective.build().to(self.device)
@@ -97,19 +108,32 @@ class Trainer:
                     "out of memory for the model itself; lower model.layers, model.width or vocab_size"
                 ) from None
             raise
-        self._forward = torch.compile(self.model, dynamic=False) if config.compile else self.model
+        forward = self.ranks.spread(self.model, config.parallel)
+        self._forward = torch.compile(forward, dynamic=False) if config.compile else forward
         self._pass = (
             GraphedPass(self._run_pass, list(self.model.parameters())) if config.cuda_graphs else self._run_pass
         )
         self.optimizer = setup.make_optimizer(self.model, config)
+        self._weights = [] if has_shards(self.model) else list(self.model.parameters())
+        self._saver = Saver(
+            config.out_folder / "checkpoints",
+            config.keep,
+            config.keep_best,
+            background=config.async_save,
+            writes=self.ranks.first,
+            group=self.ranks.saves,
+        )
+        self.ranks.seed(config.seed)
         self._flops_per_token = self.objective.flops_per_token(self.model)
 
-        self.step, self.elapsed = 0, 0.0
+        self.step, self.elapsed, self._stopping = 0, 0.0, False
         self.evaluation: Evaluation | None = None
         self.checkpoint: Path | None = None  # the newest one
-        self._bad_steps = 0
+        self.health = Health(config.spike)
+        self._suspect: Path | None = None  # the checkpoint gone back to, until a step from there is good
+        self._roll_backs = 0
         if checkpoint is not None:
-            self._resume(checkpoint)
+            take_up(self, checkpoint)
         self._validation = self.objective.validation()
         self._first_step, self._first_elapsed, self._first_progress = self.step, self.elapsed, self.progress
 
@@ -135,8 +159,10 @@ class Trainer:
         """
         out = self.config.out_folder
         try:
-            setup.write_config(self.config, out)
-            self._log = MetricsLog(out, after=self.step, tensorboard=self.config.tensorboard)
+            self._log: MetricsLog | None = None
+            if self.ranks.first:
+                setup.write_config(self.config, out)
+                self._log = MetricsLog(out, after=self.step, tensorboard=self.config.tensorboard)
             try:
                 with StopRequest() as stop:
                     self.report.start(self._start())
@@ -144,7 +170,7 @@ class Trainer:
                     self._draw()
             finally:
                 self.report.end()
-                self._log.close()
+                self._release()
         except BrokenPipeError:  # whoever read what the reporter printed is gone
             raise
         except OSError as error:
@@ -152,65 +178,127 @@ class Trainer:
             raise TrainError(f"step {self.step}: cannot write to {out} ({reason}){self._what_is_saved()}") from error
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
-                raise TrainError(f"step {self.step}: {self._smaller_passes()}{self._what_is_saved()}") from None
+                raise TrainError(f"step {self.step}: {smaller_passes(self.config)}{self._what_is_saved()}") from None
+            if self._is_lost_rank(error):
+                lost = f"step {self.step}: rank {self.ranks.rank} ends, another rank is gone; go on with --resume auto"
+                raise TrainError(lost + self._what_is_saved()) from None
             raise
         assert self.checkpoint is not None
         return Result(self.progress >= 1, self.step, self.step - self._first_step, self.checkpoint, self.evaluation)
 
+    def _is_lost_rank(self, error: BaseException) -> bool:
+        return self.ranks.size > 1 and isinstance(error, RuntimeError) and is_lost_rank(error)
+
+    def _release(self) -> None:
+        """Ends what goes on beside the training, and gives the folder free."""
+        if (saver := getattr(self, "_saver", None)) is not None:
+            saver.close()
+        if (log := getattr(self, "_log", None)) is not None:
+            log.close()
+        if (lock := getattr(self, "_lock", None)) is not None:
+            lock.release()
+
     def _train(self, stop: StopRequest) -> None:
         config = self.config
         saved_at = self.step if self.checkpoint else -1
-        self._origin = time.perf_counter() - self.elapsed
-        while self.progress < 1 and not stop.requested:
-            self._train_step()
+        self._drawn = time.perf_counter()
+        self._origin = self._drawn - self.elapsed
+        while self.progress < 1 and not (stop.requested if self.ranks.size == 1 else self._stopping):
+            self._train_step(stop)
             if self.step % config.eval_every == 0:
                 self._evaluate()
-            if self.step % config.save_every == 0:
+            if self.step % config.save_every == 0 and not self.health.bad:
                 self._save()
-                self._draw()
+                if time.perf_counter() - self._drawn > DRAW_SECONDS:
+                    self._draw()
                 saved_at = self.step
+            self._note_saved(self._saver.poll())
             self._tick()
         evaluated_at = self.evaluation.step if self.evaluation else self._first_step
         if self.progress >= 1 and evaluated_at != self.step:
             self._evaluate()
         if saved_at != self.step:
             self._save()
+        self._note_saved(self._saver.wait())
 
     def _tick(self) -> None:
         """Time goes on here only, so that the learning rate a step reports is the one it used."""
-        self.elapsed = time.perf_counter() - self._origin
+        if self.ranks.size == 1:
+            self.elapsed = time.perf_counter() - self._origin
 
-    def _train_step(self) -> None:
-        """One optimizer step; one whose loss or gradient is not finite moves the data on and leaves the weights."""
+    def _agree(self, loss: float, stop: StopRequest) -> float:
+        """The loss of all ranks; what they do next depends on nothing else but rank 0's clock and any one's signal."""
+        if self.ranks.size == 1:
+            return loss
+        elapsed = time.perf_counter() - self._origin if self.ranks.first else 0.0
+        loss, stops, self.elapsed = self.ranks.sums(loss / self.ranks.size, float(stop.requested), elapsed)
+        self._stopping = stops > 0
+        return loss
+
+    def _train_step(self, stop: StopRequest) -> None:
+        """One optimizer step; one that nothing should be learned from moves the data on and leaves the weights."""
         optim, start, learning_rate = self.config.optim, time.perf_counter(), self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         parts, tokens = [], 0
-        with packed_weights(self.model.parameters() if optim.accumulation > 1 else ()):
-            for _ in range(optim.accumulation):
+        with packed_weights(self._weights if optim.accumulation > 1 else ()):
+            for i in range(optim.accumulation):
                 batch = self.feed.next()
-                parts.append(self._pass(*batch))
+                with self.ranks.syncing(self._forward, last=i == optim.accumulation - 1):
+                    parts.append(self._pass(*batch))
                 tokens += self.objective.tokens(*batch)
                 self.feed.look_ahead()
-        loss = sum(part.item() for part in parts)
+        loss = self._agree(sum(part.item() for part in parts), stop)
         norm = self.optimizer.clip_grad_norm(optim.clip or math.inf).item()
-        good = math.isfinite(loss) and math.isfinite(norm)
-        if good:
+        fault = self.health.fault(loss, norm)
+        if fault is None:
             self.optimizer.step()
+            self._suspect = None
         self.optimizer.zero_grad(set_to_none=not self.config.cuda_graphs)
         self.step += 1
         self._tick()
-        self._report_step(loss, learning_rate, norm, tokens / (time.perf_counter() - start))
-        self._bad_steps = 0 if good else self._bad_steps + 1
-        if self._bad_steps == BAD_STEPS:
+        self._report_step(loss, learning_rate, norm, self.ranks.size * tokens / (time.perf_counter() - start))
+        if fault is not None:
+            self.report.message(f"step {self.step}: {fault}; nothing was learned from it")
+        if self.health.bad == BAD_STEPS:
+            self._roll_back(fault)
+
+    def _roll_back(self, fault: str | None) -> None:
+        """On from the last good checkpoint, with the data behind what was bad; TrainError if there is none."""
+        self._note_saved(self._saver.wait())
+        step, position, elapsed, suspect = self.step, self.feed.state_dict(), self.elapsed, self._suspect
+        before = None
+        if self._roll_backs < ROLL_BACKS and self.checkpoint is not None:
+            before = setup.checkpoint_before(self.config.out_folder, suspect, self.ranks)
+        if before is None:
             raise TrainError(
-                f"step {self.step}: no finite loss and gradient for {BAD_STEPS} steps (loss {loss}, norm {norm}); "
-                f"try a lower optim.lr or a longer optim.warmup{self._what_is_saved()}"
+                f"step {step}: {fault}, {BAD_STEPS} steps in a row; try a lower optim.lr or a longer optim.warmup"
+                + self._what_is_saved()
             )
+        take_up(self, before)
+        self.feed.load_state_dict(position)
+        self.elapsed, self._suspect, self._roll_backs = elapsed, before.path, self._roll_backs + 1
+        if self._log is not None:
+            self._log.rewind(self.step)
+        self.report.message(f"step {step}: {BAD_STEPS} bad steps; back to {before.path}, past the data since")
+
+    def _rows(self, batch: Batch) -> Batch:
+        """This rank's rows, and what their loss counts in a sum that is divided by the number of ranks."""
+        if self.ranks.size == 1:
+            return batch
+        mine, count = self.ranks.rows(batch)
+        share = self.objective.targets(*mine).numel() / max(1, self.objective.targets(*batch).numel())
+        share *= self.ranks.size * float(self.objective.share(*batch))
+        return (*mine, torch.tensor(share if count else 0.0))
 
     def _run_pass(self, *batch: Tensor) -> Tensor:
         """Adds the gradients of a pass to those there are; its share of the step's loss."""
-        part = self._loss(self._forward, batch) * self.objective.share(*batch)
+        share: float | Tensor
+        if self.ranks.size > 1:
+            batch, share = batch[:-1], batch[-1]  # see _rows
+        else:
+            share = self.objective.share(*batch)
+        part = self._loss(self._forward, batch) * share
         part.backward()
         return part.detach()
 
@@ -220,20 +308,26 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        nats, count, size = 0.0, 0, 0
+        nats = count = size = 0.0
+        first, ranks, batches = self.ranks.rank, self.ranks.size, self._validation
         self.model.eval()
-        with packed_weights(self.model.parameters()):
-            for batch in self._validation:
+        with packed_weights(self._weights):
+            for i in range(first, -(-len(batches) // ranks) * ranks, ranks):  # as many on each rank
+                batch = batches[i % len(batches)]
                 targets = self.objective.targets(*batch)
-                nats += self._loss(self.model, batch).item() * targets.numel()
-                count += targets.numel()
-                size += int(self._byte_lengths[targets.numpy()].sum())
+                loss = self._loss(self.model, batch).item()
+                if i < len(batches):
+                    nats += loss * targets.numel()
+                    count += targets.numel()
+                    size += int(self._byte_lengths[targets.numpy()].sum())
+        nats, count, size = self.ranks.sums(nats, count, size)
         self.model.train()
         loss = nats / count
         self.evaluation = Evaluation(
             self.step, loss, math.exp(min(loss, 700.0)), bits_per_byte=nats / math.log(2) / max(1, size)
         )
-        self._log.evaluation(self.evaluation)
+        if self._log is not None:
+            self._log.evaluation(self.evaluation)
         self.report.evaluation(self.evaluation)
 
     def _report_step(self, loss: float, learning_rate: float, norm: float, rate: float) -> None:
@@ -249,7 +343,8 @@ class Trainer:
             elapsed=self.elapsed,
             left=(self.elapsed - self._first_elapsed) * (1 - self.progress) / gained if gained else math.inf,
         )
-        self._log.step(step)
+        if self._log is not None:
+            self._log.step(step)
         self.report.step(step)
 
     def _start(self) -> Start:
@@ -268,56 +363,24 @@ class Trainer:
         )
 
     def _save(self) -> None:
+        self._note_saved(self._saver.wait())
         self._tick()
-        self.checkpoint = save_checkpoint(
-            self.config.out_folder / "checkpoints",
-            step=self.step,
-            model=self.model,
-            optimizer=self.optimizer,
-            tokenizer=self.objective.tokenizer,
-            keep=self.config.keep,
-            state={
-                "objective": self.config.objective,
-                "model": dataclasses.asdict(cast(Any, self.model.config)),
-                "config": self.config.to_dict(),
-                "dtype": self.dtype,
-                "elapsed": self.elapsed,
-                "batches": self.feed.state_dict(),
-                "corpus": self.objective.corpus,
-                "random": setup.random_state(self.device),
-            },
-        )
-        self.report.saved(self.checkpoint)
+        self._saver.save(self.step, self.model, self.optimizer, self.objective.tokenizer, state_of(self))
+
+    def _note_saved(self, path: Path | None) -> None:
+        if path is not None:
+            self.checkpoint, self._roll_backs = path, 0
+            self.report.saved(path)
 
     def _draw(self) -> None:
         """loss.png; a picture that cannot be drawn is no reason to end a run."""
+        if self._log is None:
+            return
+        self._drawn = time.perf_counter()
         try:
             plot_losses(self._log.path, self.config.out_folder / "loss.png")
         except Exception as error:
             self.report.message(f"loss.png could not be drawn: {' '.join(str(error).split())}")
-
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.state
-        if state["corpus"] != self.objective.corpus:
-            raise CheckpointError(f"{checkpoint.path}: trained on another text than there is at data now")
-        checkpoint.restore(self.model, self.optimizer)
-        self.feed.load_state_dict(state["batches"])
-        setup.set_random_state(state["random"], self.device)
-        self.step, self.elapsed, self.checkpoint = checkpoint.step, state["elapsed"], checkpoint.path
-
-    def _smaller_passes(self) -> str:
-        """What to do about too little memory: the same step in more passes, each half as large or less."""
-        o = self.config.optim
-        if o.batch == 1:
-            return (
-                f"out of memory with one sequence of {self.config.model.context} tokens a pass; "
-                "lower --model.context, --model.layers or --model.width"
-            )
-        batch = next(b for b in range(o.batch // 2, 0, -1) if o.batch % b == 0)
-        return (
-            f"out of memory with {o.batch} sequences a pass; --optim.batch {batch} "
-            f"--optim.accumulation {o.accumulation * o.batch // batch} keeps the tokens of a step"
-        )
 
     def _what_is_saved(self) -> str:
         return f"; the last good checkpoint is {self.checkpoint}" if self.checkpoint else "; nothing was saved before"

@@ -14,10 +14,13 @@ class Feed:
     """Batches on the device. On a GPU one is copied ahead, from pinned memory, while the one before it is computed.
 
     `state_dict` is the position behind the last batch that was handed out, whatever has been copied ahead.
+
+    Args:
+        part: what this process takes of a batch.
     """
 
-    def __init__(self, batches: Loader, device: torch.device):
-        self._batches, self._device = batches, device
+    def __init__(self, batches: Loader, device: torch.device, part: Callable[[Batch], Batch] = lambda batch: batch):
+        self._batches, self._device, self._part = batches, device, part
         self._ahead: tuple[Batch, dict[str, int]] | None = None  # and the position behind it
         self._state = batches.state_dict()
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -41,7 +44,7 @@ class Feed:
         self._ahead, self._state = None, self._batches.state_dict()
 
     def _draw(self) -> tuple[Batch, dict[str, int]]:
-        batch = self._batches.next()
+        batch = self._part(self._batches.next())
         return tuple(map(self._copy, batch)), self._batches.state_dict()
 
     def _wait_for(self, batch: Batch) -> None:

@@ -99,6 +99,38 @@ def read_header(path: Path) -> dict[str, Entry]:
         CheckpointError: an unknown dtype, a size that does not fit a shape, tensors that overlap, leave gaps or reach
             beyond the file, or no safetensors file.
     """
+    header, available = _raw_header(path)
+    header.pop("__metadata__", None)
+    try:
+        spans = sorted((*_span(name, value), name) for name, value in header.items())
+        position = 0
+        for begin, end, name in spans:
+            if begin != position:
+                raise ValueError(f"{name[:80]!r} {'overlaps another tensor' if begin < position else 'leaves a gap'}")
+            position = end
+        if position != available:
+            raise ValueError(f"its tensors take {position} bytes, there are {available}")
+    except ValueError as error:
+        damaged(path, f"is no safetensors file: {error}")
+    return {name: Entry(DTYPES[value["dtype"]], tuple(value["shape"])) for name, value in header.items()}
+
+
+def shard_offsets(path: Path) -> dict[str, tuple[int, ...]]:
+    """Where in the whole tensors those of a file begin, if it is one of torch.distributed.checkpoint's shards."""
+    header, _ = _raw_header(path)
+    try:
+        text = header.get("__metadata__", {}).get("DCP_SHARDING_INFO")
+        offsets = {name: value["saved_offsets"] for name, value in parse_json(text.encode()).items()} if text else {}
+        for name, offset in offsets.items():
+            if not _whole(offset) or len(offset) != len(header[name]["shape"]):
+                raise ValueError(f"{name[:80]!r} has no proper offset")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        damaged(path, f"is no shard: {error}")
+    return {name: tuple(offset) for name, offset in offsets.items()}
+
+
+def _raw_header(path: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's header, as it stands there, and how many bytes follow it."""
     size = plain_file(path)
     with path.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -109,20 +141,11 @@ def read_header(path: Path) -> dict[str, Entry]:
         text = f.read(length)
     try:
         header = parse_json(text)
-        if not isinstance(header, dict):
-            raise ValueError("its header is no object")
-        header.pop("__metadata__", None)
-        spans = sorted((*_span(name, value), name) for name, value in header.items())
-        position = 0
-        for begin, end, name in spans:
-            if begin != position:
-                raise ValueError(f"{name[:80]!r} {'overlaps another tensor' if begin < position else 'leaves a gap'}")
-            position = end
-        if position != size - 8 - length:
-            raise ValueError(f"its tensors take {position} bytes, there are {size - 8 - length}")
     except ValueError as error:
         damaged(path, f"is no safetensors file: {error}")
-    return {name: Entry(DTYPES[value["dtype"]], tuple(value["shape"])) for name, value in header.items()}
+    if not isinstance(header, dict):
+        damaged(path, "is no safetensors file: its header is no object")
+    return header, size - 8 - length
 
 
 def _span(name: str, value: Any) -> tuple[int, int]:

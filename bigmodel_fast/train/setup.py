@@ -6,6 +6,7 @@ import importlib.util
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +15,28 @@ from .. import cpu_isa
 from .._machine import cannot_compile
 from ..data import Tokenizer
 from ..optim import AdamW
-from .checkpoint import Checkpoint, checkpoint_folders, load_checkpoint, newest_checkpoint
+from .checkpoint import (
+    Checkpoint,
+    checkpoint_folders,
+    load_checkpoint,
+    newest_checkpoint,
+    open_checkpoint,
+    step_folder,
+)
 from .config import TrainConfig
+from .distributed import Ranks
+from .durable import remove_folder
 from .errors import CheckpointError, ConfigError
 
 
 def require_packages(config: TrainConfig) -> None:
     """ModuleNotFoundError now, not after hours of training, for a package that this run needs later."""
-    needed = ["safetensors", "matplotlib", "yaml", *(["tensorboard"] if config.tensorboard else [])]
-    for name in needed:
+    require("safetensors", "matplotlib", "yaml", *(["tensorboard"] if config.tensorboard else []))
+
+
+def require(*packages: str) -> None:
+    """ModuleNotFoundError for the first package that is not installed."""
+    for name in packages:
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
@@ -41,8 +55,10 @@ def pick_dtype(name: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" or cpu_isa() == "avx512_bf16" else "fp32"
 
 
-def require_features(config: TrainConfig, device: torch.device) -> None:
+def require_features(config: TrainConfig, device: torch.device, ranks: int) -> None:
     """ConfigError for compile or cuda_graphs where they cannot work."""
+    if config.cuda_graphs and ranks > 1:
+        raise ConfigError(f"cuda_graphs: for one rank only, and the run has {ranks}")
     if config.cuda_graphs and device.type != "cuda":
         raise ConfigError(f"cuda_graphs: needs a CUDA device, and the run is on {device.type}")
     if config.compile and (reason := cannot_compile(device.type)):
@@ -69,12 +85,42 @@ def remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def find_checkpoint(config: TrainConfig, tell: Callable[[str], None]) -> Checkpoint | None:
+def find_checkpoint(config: TrainConfig, ranks: Ranks, tell: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint that `config.resume` means, or None to begin anew; a run that is there is never overwritten.
+
+    Rank 0 looks, and verifies what it finds.
 
     Raises:
         ConfigError, CheckpointError: it is not there, damaged, or would mix two runs in one folder.
     """
+    found = find_own_checkpoint(config, tell) if ranks.first else None
+    if config.resume == "never" or ranks.size == 1:
+        ranks.wait()
+        return found
+    if config.resume == "auto":
+        return _of_first(found, config.out_folder, ranks)
+    ranks.wait()
+    return found or load_checkpoint(config.resume)
+
+
+def checkpoint_before(out: Path, suspect: Path | None, ranks: Ranks) -> Checkpoint | None:
+    """The newest good checkpoint of a run; older than `suspect`, which is removed, if it is given."""
+    found = None
+    if ranks.first:
+        found, _ = newest_checkpoint(out, before=suspect)
+        if suspect is not None and found is not None:
+            remove_folder(suspect)
+    return _of_first(found, out, ranks)
+
+
+def _of_first(found: Checkpoint | None, out: Path, ranks: Ranks) -> Checkpoint | None:
+    """The checkpoint in a run's folder that rank 0 has found."""
+    step = ranks.of_first(found.step if found is not None else -1)
+    return found if ranks.first or step < 0 else open_checkpoint(step_folder(out / "checkpoints", step))
+
+
+def find_own_checkpoint(config: Any, tell: Callable[[str], None]) -> Checkpoint | None:
+    """As `find_checkpoint`, of a run of one rank; `config` has out_folder and resume."""
     out = config.out_folder
     present = checkpoint_folders(out)
     if config.resume == "never":
@@ -95,13 +141,17 @@ def find_checkpoint(config: TrainConfig, tell: Callable[[str], None]) -> Checkpo
     return checkpoint
 
 
-def require_same_run(config: TrainConfig, dtype: str, checkpoint: Checkpoint) -> None:
-    """CheckpointError, naming the key, for a checkpoint of another model, optimizer, tokenizer, seed or dtype."""
+def require_same_run(config: TrainConfig, ranks: Ranks, dtype: str, checkpoint: Checkpoint) -> None:
+    """CheckpointError, naming the key, for a checkpoint of another model, optimizer, tokenizer, seed or dtype.
+
+    The number of ranks may change as long as the sequences of a step do not.
+    """
     try:
-        before = TrainConfig.from_dict(checkpoint.state["config"])
+        before = TrainConfig.from_dict(checkpoint.state["config"]).over(int(checkpoint.state["ranks"]))
         dtype_before = checkpoint.state["dtype"]
-    except (KeyError, ConfigError):
+    except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{checkpoint.path}: not of a run of this version's pretrain") from None
+    config = config.over(ranks.size)
     different = [(key, before.value(key), config.value(key)) for key in config.differences(before)]
     if dtype != dtype_before:
         different.append(("dtype", dtype_before, dtype))

@@ -6,12 +6,12 @@ from ..config import TrainConfig
 from .base import Batch, Loader, Objective, Progress
 from .causal import CausalLM
 from .masked import MaskedLM
-from .translation import Translation
+from .seq2seq import Seq2Seq
 
 OBJECTIVES: dict[str, Callable[[TrainConfig, Progress], Objective]] = {
     "clm": CausalLM,
     "mlm": MaskedLM,
-    "seq2seq": Translation,
+    "seq2seq": Seq2Seq,
 }
 
 
@@ -27,4 +27,4 @@ def make_objective(config: TrainConfig, progress: Progress = lambda done, total:
     return OBJECTIVES[config.objective](config, progress)
 
 
-__all__ = ["OBJECTIVES", "Batch", "Loader", "Objective", "Progress", "make_objective"]
+__all__ = ["OBJECTIVES", "Batch", "Loader", "Objective", "Progress", "Seq2Seq", "make_objective"]

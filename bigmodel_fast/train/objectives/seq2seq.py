@@ -14,7 +14,7 @@ from .base import Batch, Objective, Progress
 from .text import fingerprint, unusable
 
 
-class Translation(Objective):
+class Seq2Seq(Objective):
     """Batches are those of data.PairBatches: packed pairs, and the batch's share of its step's labels."""
 
     model_name = "Transformer"
