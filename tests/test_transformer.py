@@ -89,6 +89,8 @@ def decisive() -> Transformer:
     model = make()
     for p in model.decoder.parameters():
         p.data.add_(torch.randn_like(p) * 0.3)
+    torch.manual_seed(1)
+    model.decoder.norm.weight.data.copy_(torch.randn(48))  # with tied embeddings it would repeat its last token
     return model
 
 
@@ -131,18 +133,25 @@ def greedy(model: Transformer, source: list[int], longest: int) -> list[int]:
 
 
 def test_one_beam_is_greedy_search() -> None:
-    model = decisive()
-    found = translate(model, *pack(SOURCES), end=END, beams=1, max_new_tokens=12)
-    assert len({tuple(t.tokens) for t in found}) > 1
-    assert [t.tokens for t in found] == [greedy(model, source, 12) for source in SOURCES]
+    few = make(vocab_size=4)  # in which the end is often the second likeliest
+    for model, sources in ((decisive(), SOURCES), (few, sequences(*range(1, 20), vocab=4))):
+        found = translate(model, *pack(sources), end=END, beams=1, max_new_tokens=12)
+        assert [t.tokens for t in found] == [greedy(model, source, 12) for source in sources]
+        assert len({tuple(t.tokens) for t in found}) > 1
 
 
+@torch.no_grad()
 def test_more_beams_find_better_ones_and_each_sentence_its_own() -> None:
     model = decisive()
     options = {"end": END, "length_penalty": 1.0, "max_new_tokens": 8}
     greedy_ones, together = (translate(model, *pack(SOURCES), beams=beams, **options) for beams in (1, 5))
     alone = [translate(model, *pack([source]), beams=5, **options)[0] for source in SOURCES]
     assert [t.tokens for t in together] == [t.tokens for t in alone]
+    for source, found in zip(SOURCES, together, strict=True):  # as without a cache that follows the beams
+        closed = [*found.tokens, END][:8]
+        log_p = model(*pack([source]), *pack([[END, *closed[:-1]]])).log_softmax(-1)
+        expected = float(log_p[range(len(closed)), closed].sum()) / ((5 + len(closed)) / 6)
+        assert found.score == pytest.approx(expected, rel=1e-4)
     better = [found.score - one.score for found, one in zip(together, greedy_ones, strict=True)]
     assert min(better) > -1e-4
     assert max(better) > 0.01
