@@ -5,6 +5,7 @@ schedule and random numbers are in the checkpoint. (Under a budget of minutes th
 that is cut into other passes than before is summed in another order.)
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -192,6 +193,8 @@ class Trainer:
     def _release(self) -> None:
         """Ends what goes on beside the training, and gives the folder free."""
         if (saver := getattr(self, "_saver", None)) is not None:
+            with contextlib.suppress(OSError):  # something else has ended the run
+                self._note_saved(saver.wait())
             saver.close()
         if (log := getattr(self, "_log", None)) is not None:
             log.close()
