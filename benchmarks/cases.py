@@ -215,6 +215,7 @@ class Benchmark(ABC):
         cuda_cases: those run on a GPU instead, of sizes that keep one busy.
         tiny: a case of milliseconds: for tests, and to warm a process up before its memory is measured.
         directions: those reported.
+        requires: a package that nobody has to have, without which the benchmark is skipped.
     """
 
     name: str
@@ -223,6 +224,14 @@ class Benchmark(ABC):
     cuda_cases: tuple[Case, ...]
     tiny: Case
     directions: tuple[str, ...]
+    requires: str | None = None
+
+    @property
+    def missing(self) -> str | None:
+        """Why it cannot be run here; None if it can."""
+        if self.requires is None or installed(self.requires):
+            return None
+        return f"{self.requires} is not installed: pip install 'bigmodel_fast[{self.requires}]'"
 
     def cases_on(self, device: str) -> tuple[Case, ...]:
         """The cases for a device of this type, "cpu" or "cuda"."""

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from bigmodel_fast._machine import cpu_copy_bandwidth, cpu_flops
+from bigmodel_fast._machine import cpu_peaks
 
 from .cases import DTYPES, Benchmark, Case
-from .memory import peak_of_process
+from .memory import peak_of_task
 
 CUDA_COPY_BYTES = 1 << 30  # far more than any cache
 CUDA_MATMUL = 8192
@@ -71,10 +71,10 @@ class Cpu(Device):
         pass
 
     def peaks(self) -> dict[str, float]:
-        return {d: cpu_flops(bfloat16=d == "bf16") for d in DTYPES} | {"copy": cpu_copy_bandwidth()}
+        return cpu_peaks()
 
     def extra_memory(self, benchmark: Benchmark, case: Case, provider: str, dtype: str, inputs: Any) -> int | None:
-        return peak_of_process(benchmark.name, case.name, provider, dtype, torch.get_num_threads())
+        return peak_of_task(benchmark.name, case.name, provider, dtype, torch.get_num_threads())
 
 
 class Cuda(Device):

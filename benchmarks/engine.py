@@ -126,6 +126,9 @@ def measure(
     progress: Callable[[str], None] = lambda what: None,
 ) -> Iterator[Row]:
     """All rows of a benchmark, case by case. `progress` is told what is being run, once for each case and dtype."""
+    if benchmark.missing is not None:
+        progress(f"{benchmark.name}: skipped, {benchmark.missing}")
+        return
     for case, dtypes in selection.runs(benchmark, device):
         exact: Results | None = None
         for dtype in dtypes:

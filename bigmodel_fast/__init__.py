@@ -10,6 +10,7 @@ from ._packed_weights import packed_weights
 __all__ = ["__version__", "build_info", "cpu_isa", "explain", "ops", "packed_weights", "working_memory"]
 
 _SUBMODULES = ("data", "models", "nn", "optim", "train")
+_ACCELERATE = ("accelerate", "restore")
 
 
 def __getattr__(name: str):
@@ -17,8 +18,12 @@ def __getattr__(name: str):
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")
+    if name in _ACCELERATE:
+        from . import _accelerate
+
+        return getattr(_accelerate, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_SUBMODULES])
+    return sorted([*__all__, *_SUBMODULES, *_ACCELERATE])

@@ -28,6 +28,15 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def cpu_peaks() -> dict[str, float]:
+    """What the CPU reaches at most, measured now: operations per second in "fp32" and "bf16", bytes of a "copy"."""
+    return {
+        "fp32": cpu_flops(bfloat16=False),
+        "bf16": cpu_flops(bfloat16=True),
+        "copy": cpu_copy_bandwidth(),
+    }
+
+
 def cpu_flops(*, bfloat16: bool) -> float:
     """Operations per second of all threads together in multiply-adds (each is two); the best of PEAK_SECONDS."""
     best, iterations, deadline = 0.0, 1000, time.perf_counter() + PEAK_SECONDS

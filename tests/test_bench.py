@@ -68,6 +68,8 @@ def test_the_page_needs_a_bench_json(tmp_path: Path, monkeypatch, capsys) -> Non
 def test_every_provider_agrees_with_float64(name: str) -> None:
     benchmark = benchmarks.load(name)
     assert benchmark.name == name
+    if benchmark.missing is not None:
+        pytest.skip(benchmark.missing)
     rows = run(only(benchmark, benchmark.tiny))
     expected = [
         (dtype, direction, provider)
@@ -123,6 +125,14 @@ def squares(**functions) -> OpBenchmark:
         cuda_cases=(),
         tiny=case,
     )
+
+
+def test_a_benchmark_whose_package_is_missing_is_skipped() -> None:
+    said: list[str] = []
+    benchmark = replace(squares(**{OURS: lambda x: x * x}), requires="no_such_package")
+    assert list(engine.measure(benchmark, CPU, engine.Selection(), engine.QUICK, said.append)) == []
+    assert said == ["square: skipped, no_such_package is not installed: pip install 'bigmodel_fast[no_such_package]'"]
+    assert run(replace(benchmark, requires="torch"))
 
 
 def test_a_wrong_provider_is_named_and_not_timed() -> None:

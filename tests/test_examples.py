@@ -84,3 +84,53 @@ def test_tabular_finds_the_malignant(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert figures["f1"] > 0.94
     assert figures["auc"] > 0.98
     assert (tmp_path / "roc.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- translation ----
+
+
+@pytest.fixture
+def translating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The example with a recipe of a tiny model, and a folder of pairs `tmp_path`/pairs."""
+    for package in ("yaml", "safetensors", "matplotlib", "tokenizers"):
+        pytest.importorskip(package)
+    import yaml
+
+    translate = example("translate")
+    recipe = yaml.safe_load(translate.RECIPE.read_text())
+    recipe["model"] |= {"layers": 1, "heads": 2, "width": 32, "mlp_width": 64}
+    recipe |= {"steps": 4, "vocab_size": 300, "cache": str(tmp_path / "cache"), "out": str(tmp_path / "run")}
+    recipe["optim"]["batch"] = 8
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr(translate, "RECIPE", tmp_path / "recipe.yaml")
+    (tmp_path / "pairs").mkdir()
+    for split in ("train", "val", "test"):
+        for language, words in (("en", "a man and a dog"), ("de", "ein Mann und ein Hund")):
+            lines = [f"{words} {i}" for i in range(80 if split == "train" else 8)]
+            (tmp_path / "pairs" / f"{split}.{language}").write_text("\n".join(lines) + "\n")
+    return translate
+
+
+def test_translation_is_learnt_and_measured(translating: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:
+    pytest.importorskip("sacrebleu")
+    data = str(tmp_path / "pairs")
+    monkeypatch.setattr(sys, "argv", ["translate.py", "--data", data, "--test", "test", "--beams", "2"])
+    translating.main()
+    shown = capsys.readouterr().out
+    assert shown.startswith("step 4: BLEU ")
+    assert len((tmp_path / "run" / "test.de").read_text().splitlines()) == 8
+    references = [f"ein Mann und ein Hund {i}" for i in range(8)]
+    monkeypatch.setattr(translating, "translate_lines", lambda model, tokenizer, lines, **_: references)
+    assert translating.bleu(tmp_path / "run", references, references)["bleu"] == pytest.approx(100)
+
+
+def test_translation_is_timed_beside_torchs(translating: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["translate.py", "--data", str(tmp_path / "pairs"), "--compare", "2"])
+    translating.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("  ")[0] for line in lines] == [
+        "bigmodel_fast",
+        "nn.Transformer, padded",
+        "nn.Transformer, bucketed",
+    ]
+    assert not (tmp_path / "run").exists()

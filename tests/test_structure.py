@@ -32,11 +32,13 @@ LAYERS = (
     "optim",
     "data",
     "models",
+    "_accelerate",
     "train",
+    "plan",
     "benchmarks",
     "cli",
 )
-SIDE_BY_SIDE = ({"models", "data", "optim"},)
+SIDE_BY_SIDE = ({"models", "data", "optim", "_accelerate"},)
 CPP_MAY_INCLUDE = {
     "core": {"core"},
     "cpu": {"core", "cpu"},
@@ -155,7 +157,7 @@ def test_import_loads_torch_and_numpy_only() -> None:
     assert "bigmodel_fast.ops" in loaded
     allowed = {*sys.stdlib_module_names, "torch", "numpy", "bigmodel_fast"}
     assert {name.partition(".")[0] for name in loaded} <= allowed
-    late = {"nn", "optim", "data", "models", "train", "cli", "benchmarks"}
+    late = {"nn", "optim", "data", "models", "train", "plan", "cli", "benchmarks", "_accelerate"}
     assert not {name for name in loaded if layer(name) in late}
 
 

@@ -8,9 +8,10 @@ import importlib
 import sys
 
 COMMANDS = {
-    "pretrain": "train a GPT on text, from random weights",
+    "pretrain": "train a GPT, BERT or Transformer on text, from random weights",
     "train-image": "train an image classifier, and report what it gets wrong",
-    "generate": "continue a text with a trained GPT",
+    "generate": "continue a text with a trained model, fill in its masks, or translate it",
+    "plan": "what a run takes: memory, time and money, before it is begun",
     "export": "the weights of a checkpoint as one safetensors file",
     "bench": "time the operators beside PyTorch's",
     "info": "this machine, this installation, and what they reach",

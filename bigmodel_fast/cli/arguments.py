@@ -15,11 +15,18 @@ from ..train import ConfigError
 CONFIG_BYTES, CONFIG_DEPTH = 64 << 10, 20
 
 
-def parse(argv: list[str], command: str, source: type | Callable[..., Any], description: str) -> dict[str, Any]:
+def parse(
+    argv: list[str],
+    command: str,
+    source: type | Callable[..., Any],
+    description: str,
+    defaults: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """The values of a command's options, nested by group.
 
     Args:
         source: its fields or parameters are the options; its docstring explains them.
+        defaults: values by dotted key that stand in for the source's own.
 
     Raises:
         ConfigError: an unknown key, or a value of the wrong type; the message names the key.
@@ -33,6 +40,7 @@ def parse(argv: list[str], command: str, source: type | Callable[..., Any], desc
         parser.add_class_arguments(source)
     else:
         parser.add_function_arguments(source)
+    parser.set_defaults(defaults or {})
     for name, after in zip(argv, [*argv[1:], ""], strict=False):
         if name == "--config" or name.startswith("--config="):
             _check_file(Path(after if name == "--config" else name.partition("=")[2]))
@@ -75,7 +83,7 @@ def _spelled_out(argv: list[str], flags: set[str]) -> list[str]:
             name, equals, value = argument.partition("=")
             argument = "--" + name[2:].replace("-", "_") + equals + value
         spelled.append(argument)
-        if argument in flags and after not in ("true", "false"):
+        if argument in flags and (not after or after.startswith("--")):
             spelled.append("true")
     return spelled
 

@@ -1,4 +1,5 @@
-"""bigmodel-fast bench: measures the operators beside torch; bench compare: tells whether they became slower."""
+"""bigmodel-fast bench: measures the operators beside torch; bench compare: tells whether they became slower; bench
+plan: how right predictions are."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class _Parser(argparse.ArgumentParser):
 def run(argv: list[str]) -> int:
     """The command. Returns 0; 1 if bigmodel_fast was wrong, failed or became slower; 2 for bad input."""
     try:
-        return _compare(argv[1:]) if argv[:1] == ["compare"] else _bench(argv)
+        kind = {"compare": _compare, "plan": _plan}.get(argv[0] if argv else "")
+        return _bench(argv) if kind is None else kind(argv[1:])
     except _BadInput as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
@@ -88,7 +90,8 @@ def _bench_arguments(argv: list[str]) -> argparse.Namespace:
         PROG,
         description="Measures operators of bigmodel_fast beside plain torch: the same inputs through each, in turns, "
         "after a check against float64.",
-        epilog=f"`{PROG} compare A.json B.json` tells whether they became slower from one run to another.",
+        epilog=f"`{PROG} compare A.json B.json` tells whether they became slower from one run to another; "
+        f"`{PROG} plan` how right the predictions of `bigmodel-fast plan` are.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -190,6 +193,27 @@ def _compare(argv: list[str]) -> int:
         f"{worse} of {len(found)} are slower beside eager by more than {over:.1%}" if worse else "no regression"
     )
     return 1 if worse else 0
+
+
+def _plan(argv: list[str]) -> int:
+    parser = _Parser(
+        f"{PROG} plan",
+        description="Predicts memory and time of six training steps on this CPU as `bigmodel-fast plan` does, and "
+        "measures them, in a minute or two. Exits 1 if memory is off by more than 15%, or time by more than 25%.",
+    )
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's)")
+    arguments = parser.parse_args(argv)
+    _need_extras()
+    import torch
+    from rich.console import Console
+
+    from ..benchmarks import prediction
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    found = list(prediction.predictions())
+    Console(highlight=False, width=None if sys.stdout.isatty() else TABLE_WIDTH).print(prediction.table(found))
+    return 0 if all(p.holds for p in found) else 1
 
 
 def _need_extras() -> None:

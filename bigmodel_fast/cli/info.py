@@ -9,7 +9,7 @@ import torch
 
 from .. import __version__, build_info, cpu_isa, working_memory
 from .._library import supported_cpu_isas
-from .._machine import cpu_copy_bandwidth, cpu_flops, cpu_name
+from .._machine import cpu_name, cpu_peaks
 from .arguments import parse
 
 
@@ -31,7 +31,7 @@ def options(json: bool = False) -> None:
 
 def collect() -> dict[str, Any]:
     """Everything that `info` shows; measuring takes about a second."""
-    cuda = torch.cuda.is_available()
+    cuda, peaks = torch.cuda.is_available(), cpu_peaks()
     return {
         "bigmodel_fast": __version__,
         "torch": torch.__version__,
@@ -45,9 +45,9 @@ def collect() -> dict[str, Any]:
         "cuda_device": torch.cuda.get_device_name() if cuda else None,
         "build": build_info(),
         "working_memory_limit": working_memory()["limit"],
-        "peak_gflops_fp32": cpu_flops(bfloat16=False) / 1e9,
-        "peak_gflops_bf16": cpu_flops(bfloat16=True) / 1e9,
-        "copy_gbytes_per_second": cpu_copy_bandwidth() / 1e9,
+        "peak_gflops_fp32": peaks["fp32"] / 1e9,
+        "peak_gflops_bf16": peaks["bf16"] / 1e9,
+        "copy_gbytes_per_second": peaks["copy"] / 1e9,
     }
 
 

@@ -7,8 +7,11 @@ from ..train import Result, TrainConfig, distributed, pretrain
 from .arguments import parse
 from .progress import reporter_for_terminal
 
-DESCRIPTION = """Trains a GPT on text, from random weights, through this package's operators. Without options it learns
-from the Python standard library for 3 minutes. Ctrl-C saves, and says how to go on."""
+DESCRIPTION = """Trains a model on text, from random weights, through this package's operators: a GPT, or with
+--objective mlm a BERT, or with --objective seq2seq a Transformer that translates. Without options a GPT learns from the
+Python standard library for 3 minutes. Ctrl-C saves, and says how to go on."""
+# What generate is to be tried with, by objective.
+TRY = {"clm": "--prompt 'def main('", "mlm": "--prompt 'def [MASK](self):'", "seq2seq": "--input FILE"}
 
 
 def run(argv: list[str]) -> int:
@@ -43,5 +46,5 @@ def ending(result: Result, config: TrainConfig) -> str:
         f"finished at step {result.step}: validation loss {evaluation.loss:.4f}, "
         f"perplexity {evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.3f} bits per byte\n"
         f"in {config.out}: loss.png, metrics.jsonl, checkpoints\n"
-        f"try it: bigmodel-fast generate --path {out} --prompt 'def main('"
+        f"try it: bigmodel-fast generate --path {out} {TRY[config.objective]}"
     )

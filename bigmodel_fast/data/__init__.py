@@ -4,6 +4,8 @@ from .arrays import ArrayLoader, Augment
 from .corpus import DataError, find_documents
 from .images import ImageLoader, Images, read_idx
 from .loader import Batches
+from .masking import MaskedBatches, Masking
+from .pairs import PairBatches, PairFiles, Pairs, find_pairs, prepare_pairs, read_lines
 from .tokenizer import Tokenizer
 from .tokens import TokenFiles, prepare
 
@@ -14,9 +16,17 @@ __all__ = [
     "DataError",
     "ImageLoader",
     "Images",
+    "MaskedBatches",
+    "Masking",
+    "PairBatches",
+    "PairFiles",
+    "Pairs",
     "TokenFiles",
     "Tokenizer",
     "find_documents",
+    "find_pairs",
     "prepare",
+    "prepare_pairs",
     "read_idx",
+    "read_lines",
 ]

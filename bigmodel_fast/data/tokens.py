@@ -3,9 +3,10 @@
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,37 +49,59 @@ def prepare(
         OSError: the folder cannot be written.
     """
     documents = find_documents(data)
+
+    def write(made: Path) -> None:
+        texts = [p.read_text(encoding="utf-8", errors="replace") for p in documents]
+        _write(made, *_split(texts, validation_share), tokenizer, vocab_size, progress)
+
+    ready = kept(folder, documents, [tokenizer, vocab_size, validation_share], write)
+    made_by, (train, validation) = read_kept(ready, ("train", "validation"))
+    return TokenFiles(made_by, train, validation)
+
+
+def kept(folder: Path, documents: Iterable[Path], settings: list[Any], write: Callable[[Path], None]) -> Path:
+    """The place in `folder` of what is made of these documents with these settings; made by `write` if it is not there.
+
+    It is there as a whole or not at all, whatever happens meanwhile.
+    """
     key = {
         "documents": [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in documents],
-        "settings": [tokenizer, vocab_size, validation_share],
+        "settings": settings,
     }
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     ready = folder / digest
     if not ready.exists():
-        texts = [p.read_text(encoding="utf-8", errors="replace") for p in documents]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder) as own:
             made = Path(own) / digest
             made.mkdir()
-            _write(made, *_split(texts, validation_share), tokenizer, vocab_size, progress)
+            write(made)
             try:
                 made.rename(ready)
-            except OSError:  # another run of the same corpus was first
+            except OSError:  # another run of the same was first
                 if not ready.exists():
                     raise
+    return ready
+
+
+def read_kept(ready: Path, names: Iterable[str]) -> tuple[Tokenizer, list[np.ndarray]]:
+    """The tokenizer in a folder of `kept`, and arrays of token numbers and the like, mapped into memory.
+
+    Raises:
+        DataError: something there is not what was written.
+    """
     try:
-        kept = Tokenizer.load(ready / "tokenizer.json")
-        return TokenFiles(kept, *(_tokens(ready / f"{s}.npy") for s in ("train", "validation")))
+        return Tokenizer.load(ready / "tokenizer.json"), [_numbers(ready / f"{name}.npy") for name in names]
     except (ValueError, OSError) as error:
         raise DataError(f"{ready}: a damaged cache ({' '.join(str(error).split())[:200]}); remove it") from None
 
 
-def _tokens(path: Path) -> np.ndarray:
-    """A split as `_write` left it, mapped into memory; ValueError if it is something else."""
-    tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
-        raise ValueError(f"{path.name} is {tokens.dtype}{list(tokens.shape)}, not tokens")
-    return tokens
+def _numbers(path: Path) -> np.ndarray:
+    """An array as it was written, mapped into memory; ValueError if it is something else."""
+    numbers = np.load(path, mmap_mode="r", allow_pickle=False)
+    if numbers.ndim != 1 or numbers.dtype not in (np.uint16, np.uint32, np.int64):
+        raise ValueError(f"{path.name} is {numbers.dtype}{list(numbers.shape)}, not tokens")
+    return numbers
 
 
 def _split(texts: list[str], share: float) -> tuple[list[str], list[str]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import nn, ops
-from ..ops._heads import split_heads
+from .layers import SelfAttention
 
 
 @dataclass
@@ -59,25 +59,6 @@ class ViTConfig:
         return (self.image // self.patch) ** 2 + 1
 
 
-class SelfAttention(torch.nn.Module):
-    """Self-attention over all tokens, with the parameters of torch.nn.MultiheadAttention."""
-
-    def __init__(self, config: ViTConfig):
-        super().__init__()
-        self.heads, self.head_dim = config.heads, config.width // config.heads
-        self.in_proj_weight = torch.nn.Parameter(torch.empty(3 * config.width, config.width))
-        self.in_proj_bias = torch.nn.Parameter(torch.zeros(3 * config.width))
-        self.out_proj = nn.Linear(config.width, config.width)
-        torch.nn.init.xavier_uniform_(self.in_proj_weight)
-        torch.nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, s, _ = x.shape
-        heads = ops.linear(x, self.in_proj_weight, self.in_proj_bias).view(b, s, -1, self.head_dim)
-        y = ops.attention(*split_heads(heads, [self.heads] * 3))
-        return self.out_proj(y.transpose(1, 2).reshape(b, s, -1))
-
-
 class MLP(torch.nn.Sequential):
     """gelu between two Linears, 0 and 3, run as one operator."""
 
@@ -100,7 +81,7 @@ class Block(torch.nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.ln_1, self.ln_2 = (nn.LayerNorm(config.width, eps=1e-6) for _ in range(2))
-        self.self_attention = SelfAttention(config)
+        self.self_attention = SelfAttention(config.width, config.heads)
         self.mlp = MLP(config)
         self.dropout = torch.nn.Dropout(config.dropout)
 

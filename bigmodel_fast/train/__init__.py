@@ -13,6 +13,7 @@ from .metrics import MetricsLog, plot_losses, read_metrics
 from .mlp import EpochResult, MLPTrainer
 from .report import Evaluation, Reporter, Start, Step
 from .setup import pick_device, pick_dtype
+from .translate import translate_lines
 
 __all__ = [
     "Checkpoint",
@@ -42,4 +43,5 @@ __all__ = [
     "pretrain",
     "read_metrics",
     "save_checkpoint",
+    "translate_lines",
 ]

@@ -24,12 +24,16 @@ import torch
 from torch import Tensor
 
 from ..data import Tokenizer
-from ..models import GPT, GPTConfig
+from ..models import BERT, GPT, BERTConfig, GPTConfig, Transformer, TransformerConfig
 from . import durable, safefiles, shards
 from .errors import CheckpointError
 from .safefiles import Entry, damaged, read_tensors, write_tensors
 
-MODELS: dict[str, tuple[Any, Any]] = {"clm": (GPT, GPTConfig)}  # by objective: a model, and the class of its config
+MODELS: dict[str, tuple[Any, Any]] = {  # by objective: a model, and the class of its config
+    "clm": (GPT, GPTConfig),
+    "mlm": (BERT, BERTConfig),
+    "seq2seq": (Transformer, TransformerConfig),
+}
 FORMAT = 1  # raised when older readers would misread the folder
 STATE, MODEL, OPTIMIZER, TOKENIZER = "state.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json"
 LATEST = "LATEST"

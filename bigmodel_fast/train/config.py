@@ -9,24 +9,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..models import GPTConfig
+from ..models import BERTConfig, GPTConfig, TransformerConfig
 from .errors import ConfigError
 
 DEFAULT_MINUTES = 3.0  # the budget when neither steps nor minutes are given
+IDENTITY_GROUPS = ("model.", "optim.", "mlm.", "seq2seq.")
+KEYS_OF = {  # the objectives that a setting, or a group of them, is for; those not named here are for all
+    "model.kv_heads": ("clm",),
+    "model.layout": ("clm",),
+    "model.norm": ("seq2seq",),
+    "model.dropout": ("mlm", "seq2seq"),
+    "compile": ("clm", "mlm"),  # batches of pairs have many shapes
+    "cuda_graphs": ("clm", "mlm"),
+    "mlm": ("mlm",),
+    "seq2seq": ("seq2seq",),
+}
 
 
 @dataclass
 class ModelConfig:
-    """Shape of the GPT (its vocabulary is the tokenizer's).
+    """Shape of the model (its vocabulary is the tokenizer's).
 
     Args:
-        layers: blocks, each of attention and an MLP.
+        layers: blocks, each of attention and an MLP; for seq2seq, of the encoder and again of the decoder.
         heads: attention heads; they divide the width.
         width: of the residual stream.
-        context: most tokens a sequence may have; training sequences have as many.
+        context: most tokens a sequence may have; training sequences of clm and mlm have as many.
         kv_heads: heads of keys and values, for layout modern; they divide heads. null: as many as heads.
-        mlp_width: hidden width of the MLP. null: 4 width (gpt2), or 8/3 width in multiples of 64 (modern).
-        layout: gpt2 (LayerNorm, GELU, learned positions) or modern (RMSNorm, SwiGLU, rotary positions).
+        mlp_width: hidden width of the MLP. null: 4 width, or 8/3 width in multiples of 64 (layout modern).
+        layout: of clm: gpt2 (LayerNorm, GELU, learned positions) or modern (RMSNorm, SwiGLU, rotary positions).
+        norm: of seq2seq: post (the sums of the residual stream are normed, as in the paper) or pre.
+        dropout: of mlm and seq2seq, share of what is added to the residual stream that is dropped. null: 0.1.
     """
 
     layers: int = 4
@@ -36,13 +49,50 @@ class ModelConfig:
     kv_heads: int | None = None
     mlp_width: int | None = None
     layout: Literal["gpt2", "modern"] = "modern"
+    norm: Literal["post", "pre"] = "post"
+    dropout: float | None = None
 
-    def gpt(self, vocab_size: int) -> GPTConfig:
-        """The model's own config; ConfigError for a shape that no GPT has."""
+    def of(self, objective: str, vocab_size: int) -> Any:
+        """The config of the objective's model; ConfigError for a shape that it cannot have."""
+        shared = ("layers", "heads", "width", "context", "mlp_width")
+        values = {name: getattr(self, name) for name in shared} | {"vocab_size": vocab_size}
+        dropout = 0.1 if self.dropout is None else self.dropout
+        models: dict[str, tuple[Any, dict[str, Any]]] = {
+            "clm": (GPTConfig, {"kv_heads": self.kv_heads, "layout": self.layout}),
+            "mlm": (BERTConfig, {"dropout": dropout}),
+            "seq2seq": (TransformerConfig, {"dropout": dropout, "norm_first": self.norm == "pre"}),
+        }
+        make, own = models[objective]
         try:
-            return GPTConfig(vocab_size=vocab_size, **dataclasses.asdict(self))
+            return make(**values, **own)
         except ValueError as error:
-            raise ConfigError(str(error).replace("GPTConfig: ", "model.")) from None
+            raise ConfigError(f"model.{str(error).partition(': ')[2]}") from None
+
+
+@dataclass
+class MaskConfig:
+    """What objective mlm masks.
+
+    Args:
+        share: of tokens that are to be predicted; of these 80% are masked, 10% replaced and 10% left as they are.
+        whole_words: mask all tokens of a word or none.
+    """
+
+    share: float = 0.15
+    whole_words: bool = False
+
+
+@dataclass
+class PairConfig:
+    """What objective seq2seq learns from.
+
+    Args:
+        languages: from what to what, as the files' names end: en-de reads train.en and train.de, val.en and val.de.
+        label_smoothing: share of a target spread evenly over the vocabulary, in training.
+    """
+
+    languages: str | None = None
+    label_smoothing: float = 0.1
 
 
 @dataclass
@@ -75,8 +125,10 @@ class TrainConfig:
     """The run.
 
     Args:
-        objective: what the model learns: clm (a GPT predicts the next token).
-        data: a text file or a folder of them. null: this machine's Python standard library.
+        objective: clm (a GPT predicts the next token), mlm (a BERT fills in masked tokens) or seq2seq (an encoder and
+            decoder translates).
+        data: a text file or a folder of them. null: this machine's Python standard library. For seq2seq a folder of
+            files of pairs, a sentence a line, plain or .gz (see seq2seq.languages).
         tokenizer: bpe (byte-level, trained on the data) or bytes.
         vocab_size: tokens of the bpe tokenizer, at least 257.
         out: folder of the run: checkpoints, metrics.jsonl, loss.png, config.yaml.
@@ -103,9 +155,11 @@ class TrainConfig:
         cache: folder of tokenized corpora. null: bigmodel_fast in $XDG_CACHE_HOME or ~/.cache.
         model: shape of the model.
         optim: optimizer, schedule and batch.
+        mlm: what objective mlm masks.
+        seq2seq: what objective seq2seq learns from.
     """
 
-    objective: Literal["clm"] = "clm"
+    objective: Literal["clm", "mlm", "seq2seq"] = "clm"
     data: str | None = None
     tokenizer: Literal["bpe", "bytes"] = "bpe"
     vocab_size: int = 2048
@@ -133,6 +187,8 @@ class TrainConfig:
     cache: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    mlm: MaskConfig = field(default_factory=MaskConfig)
+    seq2seq: PairConfig = field(default_factory=PairConfig)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
@@ -173,7 +229,23 @@ class TrainConfig:
             raise ConfigError(f"optim.betas must lie in [0, 1), got {list(o.betas)}")
         if not self.resume:
             raise ConfigError("resume must be never, auto or the path of a checkpoint, got nothing")
-        self.model.gpt(self.vocab_size)
+        self._check_objective()
+        self.model.of(self.objective, self.vocab_size)
+
+    def _check_objective(self) -> None:
+        default, values = _flat(TrainConfig().to_dict()), _flat(self.to_dict())
+        for key, value in values.items():
+            objectives = KEYS_OF.get(key) or KEYS_OF.get(key.partition(".")[0])
+            if objectives and self.objective not in objectives and value != default[key]:
+                raise ConfigError(
+                    f"{key} is for objective {' or '.join(objectives)}, and the objective is {self.objective}"
+                )
+        if not 0 < self.mlm.share < 1:
+            raise ConfigError(f"mlm.share must lie between 0 and 1, got {self.mlm.share}")
+        if self.objective == "mlm" and self.model.context < 2:
+            raise ConfigError(f"model.context must be 2 or more for objective mlm, got {self.model.context}")
+        if not 0 <= self.seq2seq.label_smoothing < 1:
+            raise ConfigError(f"seq2seq.label_smoothing must lie in [0, 1), got {self.seq2seq.label_smoothing}")
 
     def differences(self, other: "TrainConfig") -> list[str]:
         """Keys that make a run another run (model, tokenizer, optimizer, seed), where this one and `other` differ.
@@ -182,7 +254,7 @@ class TrainConfig:
         """
         mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
         identity = ("objective", "tokenizer", "vocab_size", "seed")
-        different = [k for k in mine if (k in identity or k.startswith(("model.", "optim."))) and mine[k] != theirs[k]]
+        different = [k for k in mine if (k in identity or k.startswith(IDENTITY_GROUPS)) and mine[k] != theirs[k]]
         passes = {"optim.batch", "optim.accumulation"}
         if self.optim.batch * self.optim.accumulation == other.optim.batch * other.optim.accumulation:
             different = [k for k in different if k not in passes]

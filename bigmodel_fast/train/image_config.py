@@ -124,6 +124,7 @@ class ImageTrainConfig:
             ("weight_decay", self.weight_decay),
             ("clip", self.clip),
             ("seed", self.seed),
+            ("augment.fade", self.augment.fade),
         ):
             if not 0 <= value < float("inf") or (key == "lr" and value == 0):
                 raise ConfigError(f"{key} must be {'more than 0' if key == 'lr' else '0 or more'}, got {value}")

@@ -1,10 +1,18 @@
 """What a run can learn: one class for each setting of `objective`."""
 
+from collections.abc import Callable
+
 from ..config import TrainConfig
 from .base import Batch, Loader, Objective, Progress
 from .causal import CausalLM
+from .masked import MaskedLM
+from .seq2seq import Seq2Seq
 
-OBJECTIVES: dict[str, type[CausalLM]] = {"clm": CausalLM}
+OBJECTIVES: dict[str, Callable[[TrainConfig, Progress], Objective]] = {
+    "clm": CausalLM,
+    "mlm": MaskedLM,
+    "seq2seq": Seq2Seq,
+}
 
 
 def make_objective(config: TrainConfig, progress: Progress = lambda done, total: None) -> Objective:
@@ -19,4 +27,4 @@ def make_objective(config: TrainConfig, progress: Progress = lambda done, total:
     return OBJECTIVES[config.objective](config, progress)
 
 
-__all__ = ["OBJECTIVES", "Batch", "Loader", "Objective", "Progress", "make_objective"]
+__all__ = ["OBJECTIVES", "Batch", "Loader", "Objective", "Progress", "Seq2Seq", "make_objective"]

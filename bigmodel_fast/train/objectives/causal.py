@@ -20,7 +20,7 @@ class CausalLM(TextObjective):
         self.batches = self.train_windows
 
     def build(self) -> GPT:
-        return GPT(self.config.model.gpt(self.tokenizer.vocab_size))
+        return GPT(self.config.model.of("clm", self.tokenizer.vocab_size))
 
     def loss(self, model: Callable[..., Tensor], *batch: Tensor) -> Tensor:
         return model(*batch)

@@ -1,0 +1,341 @@
+"""Recipes for models of transformers: BERT's and Llama's attention, BERT's layers, the loss of language models."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops._activation import activate
+from ..ops._heads import split_heads
+from ..ops.rotary import reference as rotary_reference
+from . import interface, packing, probe, swap
+from .layers import dense_mlp
+from .swap import Fast, plan
+from .unpad import FIRST, asked_by, labels_ignore_padding
+
+# Classes whose forward is the one these recipes compute; transformers writes them as copies of the first.
+BERT_ATTENTIONS = (
+    "BertSelfAttention",
+    "RobertaSelfAttention",
+    "XLMRobertaSelfAttention",
+    "CamembertSelfAttention",
+    "ElectraSelfAttention",
+)
+LLAMA_ATTENTIONS = (
+    "LlamaAttention",
+    "MistralAttention",
+    "Qwen2Attention",
+    "Qwen3Attention",
+    "GemmaAttention",
+    "Gemma2Attention",
+)
+CAUSAL_MODELS = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "GPT2LMHeadModel",
+)
+MASKED_MODELS = (
+    "BertForMaskedLM",
+    "RobertaForMaskedLM",
+    "XLMRobertaForMaskedLM",
+    "CamembertForMaskedLM",
+    "DistilBertForMaskedLM",
+    "ElectraForMaskedLM",
+)
+
+
+def _linears(module: Any, names: tuple[str, ...]) -> str | None:
+    children = tuple((name, module._modules.get(name), nn.Linear.forward) for name in names)
+    return swap.first_not_plain(module, children)
+
+
+def _project(x: Tensor, layers: list[Any], head_dim: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values [B, H, S, D] by one product."""
+    weight = torch.cat([layer.weight for layer in layers])
+    given = [layer.bias is not None for layer in layers]
+    bias = None
+    if any(given):
+        bias = torch.cat(
+            [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+        )
+    heads = ops.linear(x, weight, bias).view(*x.shape[:2], -1, head_dim)
+    return split_heads(heads, [len(layer.weight) // head_dim for layer in layers])
+
+
+def _cached(kwargs: dict[str, Any]) -> bool:
+    return any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
+
+
+class FastBertAttention(Fast):
+    """Queries, keys and values by one product, then attention."""
+
+    area = "attention"
+
+    @classmethod
+    def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
+        if not interface.is_class(module, BERT_ATTENTIONS):
+            return None
+        return _linears(module, ("query", "key", "value")) or {}
+
+    def forward(
+        self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not interface.enabled(self) or _cached(kwargs) or any(a is not None for a in args):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+        if not swap.note(self, _linears(self, ("query", "key", "value"))):
+            return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
+        layers = [self.query, self.key, self.value]
+        if kwargs.pop(FIRST, False):
+            (q,) = _project(packing.first_tokens(hidden_states, attention_mask), layers[:1], self.attention_head_size)
+            k, v = _project(hidden_states, layers[1:], self.attention_head_size)
+            attention_mask = interface.first_query(attention_mask)
+        else:
+            q, k, v = _project(hidden_states, layers, self.attention_head_size)
+        p = self.dropout.p if self.training else 0.0
+        y, weights = interface.attention_forward(
+            self, q, k, v, attention_mask, dropout=p, scaling=self.scaling, **kwargs
+        )
+        return y.flatten(2), weights
+
+
+class FastLlamaAttention(Fast):
+    """Queries, keys and values by one product, rotary positions, then attention."""
+
+    area = "rotary"
+
+    @classmethod
+    def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
+        if not interface.is_class(module, LLAMA_ATTENTIONS):
+            return None
+        rotate = getattr(sys.modules[swap.original_class(module).__module__], "apply_rotary_pos_emb", None)
+        if not _rotates_halves(rotate):
+            return "its rotary function is not the one that is known"
+        return _linears(module, ("q_proj", "k_proj", "v_proj", "o_proj")) or {}
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        reason = _linears(self, ("q_proj", "k_proj", "v_proj", "o_proj"))
+        if position_embeddings is None or position_embeddings[0].shape[-1] != self.head_dim:
+            reason = "positions for a part of each head"
+        usual = interface.enabled(self) and not _cached(kwargs) and not any(a is not None for a in args)
+        if not usual or not swap.note(self, reason):
+            return super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)  # type: ignore[misc]
+        q, k, v = _project(hidden_states, [self.q_proj, self.k_proj, self.v_proj], self.head_dim)
+        if "q_norm" in self._modules:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = ops.rotary(q, k, *position_embeddings)
+        softcap = getattr(self, "attn_logit_softcapping", None)
+        y, weights = interface.attention_forward(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            softcap=softcap,
+            **kwargs,
+        )
+        return ops.linear(y.flatten(2), self.o_proj.weight, self.o_proj.bias), weights
+
+
+def _rotates_halves(rotate: Callable | None) -> bool:
+    """Whether a function of (query, key, cos, sin) does what ops.rotary does."""
+    if rotate is None:
+        return False
+    q, k, cos, sin = probe.draw(1, 2, 3, 4), probe.draw(1, 1, 3, 4), probe.draw(1, 3, 4), probe.draw(1, 4, 3).mT
+    try:
+        found = rotate(q, k, cos, sin)
+    except Exception:
+        return False
+    return all(torch.allclose(a, b) for a, b in zip(found, rotary_reference(q, k, cos, sin), strict=True))
+
+
+_OUTPUT = ("dense", "LayerNorm", "dropout")
+
+
+def _output_reason(module: Any) -> str | None:
+    """Why a module's dense layer and dropout cannot be one product with the residual."""
+    children = (("dense", nn.Linear.forward), ("dropout", nn.Dropout.forward))
+    return swap.first_not_plain(module, tuple((name, module._modules[name], forward) for name, forward in children))
+
+
+def _small_output(module: Any, into: int, out: int) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+    """A small copy of such a module, and what it should compute."""
+    torch_state = {"dense": probe.linear(into, out), "LayerNorm": probe.layer_norm(out), "dropout": nn.Identity()}
+    small = probe.small_copy(module, {}, torch_state)
+    return small, lambda h, residual: torch_state["LayerNorm"](torch_state["dense"](h) + residual)
+
+
+class FastBertOutput(Fast):
+    """Dense layer, dropout and residual in one product, then the norm."""
+
+    area = "mlp"
+
+    @classmethod
+    def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
+        if set(module._modules) != set(_OUTPUT):
+            return None
+        small, expected = _small_output(module, 6, 6)
+        h, residual = probe.draw(1, 4, 6), probe.draw(1, 3, 6)[:, [0, 1, 2, 0]]
+        if not probe.same(probe.run(small, h, residual), expected(h, residual)):
+            return None
+        return _output_reason(module) or {}
+
+    def forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        if not swap.note(self, _output_reason(self)):
+            return super().forward(hidden_states, input_tensor)  # type: ignore[misc]
+        p, dense = swap.active_dropout(self.dropout), self.dense
+        summed = ops.linear(hidden_states, dense.weight, dense.bias, dropout_p=p, residual=input_tensor)
+        return self.LayerNorm(summed)
+
+
+def _bert_mlp_reason(module: Any) -> str | None:
+    if reason := swap.first_not_plain(module, (("dense", module.intermediate.dense, nn.Linear.forward),)):
+        return f"intermediate.{reason}"
+    for name in ("intermediate", "output"):
+        if reason := swap.watched(module._modules[name]):
+            return f"{name} {reason}"
+    if isinstance(module.intermediate.intermediate_act_fn, nn.Module) and swap.hooked(
+        module.intermediate.intermediate_act_fn
+    ):
+        return "the activation has hooks"
+    return _output_reason(module.output)
+
+
+class FastBertLayer(Fast):
+    """Both dense layers, activation, dropout and residual in one operator, then the norm."""
+
+    area = "mlp"
+    methods = ("feed_forward_chunk",)
+
+    @classmethod
+    def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
+        intermediate, output = (module._modules.get(name) for name in ("intermediate", "output"))
+        if intermediate is None or output is None or not hasattr(module, "feed_forward_chunk"):
+            return None
+        if set(output._modules) != set(_OUTPUT) or "dense" not in intermediate._modules:
+            return None
+        activation = probe.activation(getattr(intermediate, "intermediate_act_fn", None))
+        if activation is None:
+            return "an activation that is not known"
+        dense = probe.linear(6, 10)
+        small_output, expected = _small_output(output, 10, 6)
+        children = {"intermediate": probe.small_copy(intermediate, {}, {"dense": dense}), "output": small_output}
+        x = probe.draw(1, 4, 6)
+        y = probe.run(probe.small_copy(module, {}, children), x, method="feed_forward_chunk")
+        if not probe.same(y, expected(activate(dense(x), activation), x)):
+            return "a feed_forward_chunk of its own"
+        return _bert_mlp_reason(module) or {"activation": activation}
+
+    def feed_forward_chunk(self: Any, attention_output: Tensor) -> Tensor:
+        if not swap.note(self, _bert_mlp_reason(self)):
+            return super().feed_forward_chunk(attention_output)  # type: ignore[misc]
+        layers, p = [self.intermediate.dense, self.output.dense], swap.active_dropout(self.output.dropout)
+        summed = dense_mlp(attention_output, layers, plan(self)["activation"], 0.0, p, residual=attention_output)
+        return self.output.LayerNorm(summed)
+
+
+class FastLanguageModel(Fast):
+    """While training, output layer and loss in one operator; `logits` of its output is then None."""
+
+    area = "loss"
+
+    @classmethod
+    def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
+        causal = interface.is_class(module, CAUSAL_MODELS)
+        if not causal and not interface.is_class(module, MASKED_MODELS):
+            return None
+        return _head_reason(module) or {"causal": causal}
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        causal = plan(self)["causal"]
+        labels = kwargs.get("labels")
+        keeps = kwargs.get("logits_to_keep", 0)
+        wanted = self.training and not torch.compiler.is_compiling()
+        whole = (
+            isinstance(keeps, int) and keeps == 0 and kwargs.get("return_dict", self.config.return_dict) is not False
+        )
+        if (
+            labels is None
+            or not wanted
+            or not whole
+            or not swap.note(self, _head_reason(self) or _loss_reason(self, causal))
+        ):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        loss_options = {name: kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels", "ignore_index")}
+        unpadded = not causal and not args[1:] and labels_ignore_padding(labels, kwargs.get("attention_mask"))
+        asked = asked_by(self, "tokens") if unpadded else {}
+        head, inputs = self.get_output_embeddings(), []
+
+        def keep_input(_: nn.Module, given: tuple[Tensor, ...]) -> Tensor:
+            inputs.append(given[0])
+            return given[0][..., :0, :]  # no token, no logits
+
+        hook = head.register_forward_pre_hook(keep_input)
+        try:
+            outputs = super().forward(*args, **{**kwargs, **asked, "labels": None})  # type: ignore[misc]
+        finally:
+            hook.remove()
+        loss = _loss(self, head, inputs[0], labels, causal, **loss_options)
+        others = {name: value for name, value in outputs.items() if name not in ("loss", "logits")}
+        return type(outputs)(loss=loss, **others)
+
+
+def _head_reason(module: Any) -> str | None:
+    head = module.get_output_embeddings()
+    return swap.first_not_plain(module, (("the output layer", head, nn.Linear.forward),))
+
+
+def _loss_reason(module: Any, causal: bool) -> str | None:
+    if causal:
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
+        return None if module.loss_function is ForCausalLMLoss else "a loss function of its own"
+    own = getattr(module, "mlm_loss_fct", None)  # DistilBERT's
+    usual = own is None or (type(own) is nn.CrossEntropyLoss and own.weight is None and own.label_smoothing == 0)
+    return None if usual else "a loss function of its own"
+
+
+def _loss(
+    module: Any,
+    head: Any,
+    hidden: Tensor,
+    labels: Tensor,
+    causal: bool,
+    num_items_in_batch: Any,
+    shift_labels: Tensor | None,
+    ignore_index: int | None,
+) -> Tensor:
+    """transformers' loss: of the next token (divided by num_items_in_batch, if given) or of the masked ones."""
+    ignored = -100 if ignore_index is None or not causal else ignore_index
+    target = labels
+    if causal:
+        target = F.pad(labels, (0, 1), value=ignored)[..., 1:] if shift_labels is None else shift_labels
+    counted = causal and num_items_in_batch is not None
+    loss = ops.linear_cross_entropy(
+        hidden,
+        head.weight,
+        target.to(hidden.device, torch.int64).reshape(hidden.shape[:-1]),
+        bias=head.bias,
+        ignore_index=ignored,
+        softcap=getattr(module.config, "final_logit_softcapping", None) if causal else None,
+        reduction="sum" if counted else "mean",
+    )
+    if not counted:
+        return loss
+    return loss / (num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)

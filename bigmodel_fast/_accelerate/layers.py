@@ -1,0 +1,208 @@
+"""Recipes for single layers: dense layers, dropout, embeddings, norms, MLPs of any name."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from . import probe, swap
+from .swap import Fast, plan
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' dense layer with a weight [in, out]."""
+    cls = swap.original_class(module)
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+
+
+def dense_forward(module: nn.Module) -> Any:
+    """The forward that a dense layer of this kind has; None for what is no dense layer."""
+    if swap.original_class(module).forward is nn.Linear.forward:
+        return nn.Linear.forward
+    return swap.original_class(module).forward if _is_conv1d(module) else None
+
+
+def weight_of(layer: Any) -> Tensor:
+    """[out, in]."""
+    return layer.weight.t() if _is_conv1d(layer) else layer.weight
+
+
+class FastLinear(Fast):
+    """y = x W^T + b."""
+
+    area = "mlp"
+
+    @classmethod
+    def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
+        if dense_forward(module) is not None:
+            return {}
+        return "a subclass of Linear with a forward of its own" if isinstance(module, nn.Linear) else None
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if swap.unusual(self) or type(x) is not Tensor:
+            return super().forward(x)  # type: ignore[misc]
+        return ops.linear(x, weight_of(self), self.bias)
+
+
+class FastDropout(Fast):
+    """No mask is stored."""
+
+    area = "mlp"
+
+    @classmethod
+    def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
+        if swap.original_class(module).forward is not nn.Dropout.forward:
+            return None
+        return "works in place" if getattr(module, "inplace", False) else {}
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        if type(x) is not Tensor or not x.is_floating_point() or x.dim() == 0:
+            return super().forward(x)  # type: ignore[misc]
+        return ops.dropout(x, self.p)
+
+
+class FastEmbedding(Fast):
+    """Rows of a table, whose gradient is written once; the row of padding_idx has none."""
+
+    area = "mlp"
+
+    @classmethod
+    def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
+        if not isinstance(module, nn.Embedding):
+            return None
+        if swap.original_class(module).forward is not nn.Embedding.forward:
+            return "a subclass of Embedding with a forward of its own"
+        if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
+            return "max_norm, sparse or scale_grad_by_freq"
+        return {}
+
+    def forward(self: Any, token: Tensor) -> Tensor:
+        if swap.unusual(self) or type(token) is not Tensor or token.dtype is not torch.int64:
+            return super().forward(token)  # type: ignore[misc]
+        out = ops.embedding(token, self.weight)
+        if self.padding_idx is not None and out.requires_grad:
+            padding = (token == self.padding_idx).unsqueeze(-1)
+            out.register_hook(lambda grad: grad.masked_fill(padding, 0))
+        return out
+
+
+class FastLayerNorm(Fast):
+    """Over the last dimension; under autocast the output has the dtype of torch's: the input's, float32 on a GPU."""
+
+    area = "norm"
+
+    @classmethod
+    def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
+        if not isinstance(module, nn.LayerNorm):
+            return None
+        if swap.original_class(module).forward is not nn.LayerNorm.forward:
+            return "a subclass of LayerNorm with a forward of its own"
+        return {} if len(module.normalized_shape) == 1 else "over several dimensions"
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if swap.unusual(self) or type(x) is not Tensor or x.shape[-1:] != self.normalized_shape:
+            return super().forward(x)  # type: ignore[misc]
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):
+            x = x.float()
+        with swap.without_autocast(x):
+            return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+
+class FastRMSNorm(Fast):
+    """torch's, or one of another library whose forward computes it: x / rms(x) times weight or 1 + weight."""
+
+    area = "norm"
+
+    @classmethod
+    def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
+        named = "RMSNorm" in type(module).__name__ or type(module).__name__ == "T5LayerNorm"
+        if not named or any(True for _ in module.children()):
+            return None
+        weight = module._parameters.get("weight")
+        if weight is None or weight.dim() != 1 or len(module._parameters) != 1:
+            return "no weight of one dimension, or other parameters beside it"
+        if swap.original_class(module).forward is nn.RMSNorm.forward:
+            return {"eps": module.eps, "offset": 0.0, "input_dtype": True}
+        for name in ("variance_epsilon", "eps", "epsilon", "norm_eps"):
+            eps = getattr(module, name, None)
+            if isinstance(eps, float) and (offset := probe.rms_norm_offset(module, eps)) is not None:
+                return {"eps": eps, "offset": offset, "input_dtype": offset == 1.0}
+        return "its forward does not compute an RMS norm that is known"
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if swap.unusual(self) or type(x) is not Tensor or x.shape[-1:] != self.weight.shape:
+            return super().forward(x)  # type: ignore[misc]
+        how, weight = plan(self), self.weight
+        eps = torch.finfo(x.dtype).eps if how["eps"] is None else how["eps"]
+        if how["offset"]:
+            weight = weight.float() + how["offset"]
+        with swap.without_autocast(x):
+            if not how["input_dtype"] and weight.dtype is torch.float32:
+                x = x.float()  # those of Llama's kind give the weight's dtype
+            return ops.rms_norm(x, weight, eps=eps)
+
+
+class FastMLP(Fast):
+    """Two dense layers with an activation between them, or three of which one is a gate, and dropout."""
+
+    area = "mlp"
+
+    @classmethod
+    def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
+        children = dict(module.named_children())
+        layers = {name: child for name, child in children.items() if dense_forward(child) is not None}
+        others = [c for name, c in children.items() if name not in layers and any(True for _ in c.parameters())]
+        if len(layers) not in (2, 3) or others or len({_is_conv1d(c) for c in layers.values()}) > 1:
+            return None
+        found = probe.mlp(module, layers, _is_conv1d(next(iter(layers.values()))))
+        if found is None:
+            return None
+        activation, order, inner, outer = found
+        if reason := swap.first_not_plain(module, _children(module, order)):
+            return reason
+        if len(order) == 3 and any(layers[name].bias is not None for name in order):
+            return "a gated MLP with biases"
+        return {"activation": activation, "order": order, "inner": inner, "outer": outer}
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        how = plan(self)
+        reason = swap.first_not_plain(self, _children(self, how["order"]))
+        dropouts = [self._modules[name] for name in (*how["inner"], *how["outer"])]
+        if any(swap.hooked(d) for d in dropouts):
+            reason = "a dropout has hooks"
+        if type(x) is not Tensor:
+            reason = f"called with a {type(x).__name__}"
+        if not swap.note(self, reason):
+            return super().forward(x)  # type: ignore[misc]
+        layers = [self._modules[name] for name in how["order"]]
+        inner = swap.active_dropout(*(self._modules[name] for name in how["inner"]))
+        outer = swap.active_dropout(*(self._modules[name] for name in how["outer"]))
+        return dense_mlp(x, layers, how["activation"], inner, outer)
+
+
+def dense_mlp(
+    x: Tensor, layers: list[Any], activation: str, inner: float, outer: float, residual: Tensor | None = None
+) -> Tensor:
+    """dropout(second(dropout(activation(first(x))))) + residual; of three layers the first two are gate and up."""
+    weights = [weight_of(layer) for layer in layers]
+    if residual is x and torch.compiler.is_compiling():
+        residual = x.view_as(x)  # dynamo takes no tensor twice
+    finish: dict[str, Any] = {"dropout_p": outer, "residual": residual}
+    if len(layers) == 3:
+        if not inner:
+            return ops.gated_mlp(x, *weights, activation=activation, **finish)
+        hidden = ops.dropout(ops.linear(x, weights[0], activation=activation) * ops.linear(x, weights[1]), inner)
+        return ops.linear(hidden, weights[2], **finish)
+    first, second = layers
+    if not inner:
+        return ops.mlp(x, weights[0], first.bias, weights[1], second.bias, activation=activation, **finish)
+    hidden = ops.linear(x, weights[0], first.bias, activation=activation, dropout_p=inner)
+    return ops.linear(hidden, weights[1], second.bias, **finish)
+
+
+def _children(module: Any, order: Any) -> tuple[tuple[str, nn.Module, Any], ...]:
+    children = ((name, module._modules[name]) for name in order)
+    return tuple((name, child, dense_forward(child) or nn.Linear.forward) for name, child in children)

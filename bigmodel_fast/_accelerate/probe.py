@@ -1,0 +1,151 @@
+"""What a module computes, found out by calling its own forward on small random weights in float64."""
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops._activation import _FUNCTIONS
+
+_WIDTH, _HIDDEN = 6, 10
+_CLOSE = 1e-6  # some forwards compute in float32
+
+
+def same(a: Any, b: Tensor) -> bool:
+    """Whether a is a tensor equal to b, but for rounding in float32."""
+    return isinstance(a, Tensor) and a.shape == b.shape and torch.allclose(a.double(), b, rtol=_CLOSE, atol=_CLOSE)
+
+
+def run(module: nn.Module, *args: Any, method: str = "forward") -> Any:
+    """forward(*args) without hooks, or None if it raises: then it is not what it was taken for."""
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return getattr(type(module), method)(module, *args)
+    except Exception:
+        return None
+
+
+def draw(*shape: int) -> Tensor:
+    """The same random numbers each time, from a generator of its own."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+def linear(into: int, out: int) -> nn.Linear:
+    """A dense layer of float64 with weights of its own."""
+    layer = nn.Linear(into, out, dtype=torch.float64)
+    layer.weight.data, layer.bias.data = draw(out, into), draw(out)
+    return layer.requires_grad_(False)
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    """A norm of float64 with weights of its own."""
+    norm = nn.LayerNorm(width, dtype=torch.float64)
+    norm.weight.data, norm.bias.data = draw(width), draw(width) + 1
+    return norm.requires_grad_(False)
+
+
+def activation(function: Callable | None) -> str | None:
+    """The name under which ops know a function of one tensor."""
+    if isinstance(function, nn.Module) and (
+        any(True for _ in function.parameters()) or function._forward_hooks or function._forward_pre_hooks
+    ):
+        return None
+    if function is None:
+        return None
+    x = torch.linspace(-6, 6, 97, dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            y = function(x.clone())
+    except Exception:
+        return None
+    return next((name for name, known in _FUNCTIONS.items() if same(y, known(x))), None)
+
+
+def small_copy(module: nn.Module, parameters: dict[str, Tensor], children: dict[str, nn.Module]) -> nn.Module:
+    """A module of the same class and attributes, with other parameters and children, in eval mode; no hooks.
+
+    Buffers are copies: a forward may write to them.
+    """
+    small = copy.copy(module)
+    small.__dict__ = {**module.__dict__, "training": False}
+    small._parameters = {name: parameters.get(name) for name in module._parameters}  # type: ignore[misc]
+    small._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+    small._modules = {name: children.get(name, child) for name, child in module._modules.items()}
+    for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        small.__dict__[kind] = {}
+    return small
+
+
+def rms_norm_offset(module: nn.Module, eps: float) -> float | None:
+    """0 for an RMS norm that multiplies by weight, 1 by 1 + weight; None for anything else."""
+    x, weight = draw(1, 4, _WIDTH), draw(_WIDTH)
+    y = run(small_copy(module, {"weight": weight}, {}), x)
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return next((offset for offset in (0.0, 1.0) if same(y, normed * (weight + offset))), None)
+
+
+def _role(layer: nn.Module, transposed: bool, into: int, out: int) -> nn.Module:
+    weight = draw(out, into)
+    small = copy.copy(layer)
+    small.__dict__ = {**layer.__dict__}
+    bias = None if layer._parameters.get("bias") is None else draw(out)
+    small._parameters = {"weight": weight.t().contiguous() if transposed else weight, "bias": bias}  # type: ignore
+    if transposed:
+        small.__dict__.update(nf=out, nx=into)
+    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+        small.__dict__[kind] = {}
+    return small
+
+
+def _linear(layer: nn.Module, transposed: bool, x: Tensor) -> Tensor:
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    return nn.functional.linear(x, weight.t() if transposed else weight, bias)  # type: ignore[union-attr, arg-type]
+
+
+def mlp(
+    module: nn.Module, layers: dict[str, nn.Module], transposed: bool
+) -> tuple[str, Sequence[str], list[str], list[str]] | None:
+    """How a module of two or three dense layers combines them.
+
+    Returns:
+        (activation, names of the layers in the order of ops.mlp or ops.gated_mlp, names of the dropouts after the
+        activation, of those at the end), or None if it is no MLP.
+    """
+    dropouts = [name for name, child in module.named_children() if isinstance(child, nn.Dropout)]
+    quiet: dict[str, nn.Module] = {name: nn.Dropout(0.0) for name in dropouts}
+    x = draw(1, 4, _WIDTH)
+    for order in itertools.permutations(layers):
+        *first, last = order
+        small = {name: _role(layers[name], transposed, _WIDTH, _HIDDEN) for name in first}
+        if len(first) == 2:  # the two must differ
+            small[first[1]]._parameters["weight"] = draw(_HIDDEN + 1, _WIDTH)[1:].neg()  # type: ignore[assignment]
+        small[last] = _role(layers[last], transposed, _HIDDEN, _WIDTH)
+        y = run(small_copy(module, {}, {**small, **quiet}), x)
+        if y is None:
+            continue
+        for name, function in _FUNCTIONS.items():
+            hidden = function(_linear(small[first[0]], transposed, x))
+            if len(first) == 2:
+                hidden = hidden * _linear(small[first[1]], transposed, x)
+            if not same(y, _linear(small[last], transposed, hidden)):
+                continue
+            inner, outer = [], []
+            dropped = _linear(small[last], transposed, torch.zeros_like(hidden))
+            noisy = small_copy(module, {}, {**small, **quiet})
+            noisy.training = True
+            if not same(run(noisy, x), y):
+                return None  # drops by other means than its children
+            for dropout in dropouts:
+                everything = small_copy(module, {}, {**small, **quiet, dropout: nn.Dropout(1.0)})
+                z = run(everything, x)
+                if same(z, torch.zeros_like(y)):
+                    outer.append(dropout)
+                elif same(z, dropped):
+                    inner.append(dropout)
+                else:
+                    return None
+            return (name, order, inner, outer) if len(inner) < 2 and len(outer) < 2 else None
+    return None

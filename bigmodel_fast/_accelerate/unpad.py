@@ -1,0 +1,191 @@
+"""Encoders of transformers without padding: tokens are packed at the model's entry and padded at the encoder's exit.
+
+In between a batch is one row of all its tokens, [1, tokens, width], which every layer takes as it is; attention is told
+where sequences begin and end by the mask, an int64 tensor that no other attention accepts. A model whose head reads
+the first token only computes no other in the last layer, from its queries on.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import interface, packing, swap
+from .swap import Fast, plan
+
+# Classes whose forward is the one these recipes know; transformers writes them as copies of the first.
+PREFIXES = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
+FIRST_TOKEN_HEADS = (
+    *(f"{prefix}ForSequenceClassification" for prefix in PREFIXES),
+    *(f"{prefix}ForMultipleChoice" for prefix in PREFIXES if prefix != "Electra"),
+    "BertForNextSentencePrediction",
+)
+TOKEN_HEADS = tuple(f"{prefix}ForTokenClassification" for prefix in PREFIXES)
+
+READS = "bmf_reads"  # a keyword from a head to its encoder: "first" (token) or "tokens" (those that are not padding)
+FIRST = "bmf_first"  # a keyword to the last layer: only the first token of each sequence is asked for
+
+
+def asked_by(head: Any, reads: str) -> dict[str, str]:
+    """The keyword for the forward of a model with a head that reads no more than this of its encoder's output."""
+    return {READS: reads} if isinstance(head._modules.get(head.base_model_prefix), FastEncoderModel) else {}
+
+
+def labels_ignore_padding(labels: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether no padding has a label."""
+    if mask is None or labels is None:
+        return labels is None
+    return mask.shape == labels.shape and bool((labels[mask == 0] == -100).all())
+
+
+class FastHead(Fast):
+    """Its encoder computes no more than the head reads: no padding, in the last layer the first token alone."""
+
+    area = "unpad"
+
+    @classmethod
+    def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
+        first = interface.is_class(module, FIRST_TOKEN_HEADS)
+        return {"reads": "first" if first else "tokens"} if first or interface.is_class(module, TOKEN_HEADS) else None
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        reads = plan(self)["reads"]
+        known = reads == "first" or (not args[1:] and _labels_known(kwargs))
+        asked = asked_by(self, reads) if known and not torch.compiler.is_compiling() else {}
+        return super().forward(*args, **kwargs, **asked)  # type: ignore[misc]
+
+
+def _labels_known(kwargs: dict[str, Any]) -> bool:
+    return labels_ignore_padding(kwargs.get("labels"), kwargs.get("attention_mask"))
+
+
+class FastEncoderModel(Fast):
+    """Packs a batch, where the head is known to ignore padding (or unpad=True was asked for)."""
+
+    area = "unpad"
+
+    @classmethod
+    def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
+        if not interface.is_class(module, tuple(f"{prefix}Model" for prefix in PREFIXES)):
+            return None
+        return "a decoder" if getattr(module.config, "is_decoder", False) else {}
+
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        reads = kwargs.pop(READS, None)
+        always = plan(self)["wanted"] is True
+        if reads is None and always and not torch.compiler.is_compiling():
+            reads = "tokens"
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids)
+        if reads is None or not swap.note(self, self._unusual(input_ids, args, kwargs)):
+            return super().forward(*inputs, *args, **kwargs)  # type: ignore[misc]
+        present = _padded(input_ids, attention_mask, always)
+        if present is None:
+            return super().forward(*inputs, **kwargs, **{READS: reads})  # type: ignore[misc]
+        if position_ids is None:
+            position_ids = _positions_of(self.embeddings, input_ids)
+        given = (input_ids, token_type_ids, position_ids)
+        ids, types, positions = (None if t is None else t.expand_as(present)[present][None] for t in given)
+        mask = packing.make_mask(present)
+        return super().forward(ids, mask, types, positions, **kwargs, **{READS: reads})  # type: ignore[misc]
+
+    def _unusual(self: Any, input_ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        if input_ids is None or input_ids.dim() != 2 or any(a is not None for a in args):
+            return "called without input_ids, or with an encoder's output"
+        others = ("inputs_embeds", "encoder_hidden_states", "encoder_attention_mask", "cache", "past_key_values")
+        if any(kwargs.get(name) is not None for name in others) or self.config.is_decoder:
+            return "a decoder, or embeddings of its own"
+        if not isinstance(self.encoder, FastEncoder) or not interface.enabled(self):
+            return "its encoder or attention is not accelerated"
+        for kind in ("hidden_states", "attentions"):
+            if kwargs.get(f"output_{kind}", getattr(self.config, f"output_{kind}", False)):
+                return f"output_{kind}=True asks for what padding makes"
+        watched = next((name for name, m in self._modules["encoder"].named_modules() if _has_hooks(m)), None)
+        return None if watched is None else f"encoder.{watched} has hooks"
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Hooks that look at a module's tensors; those by which transformers collects outputs sleep when not asked."""
+    if not swap.hooked(module):
+        return False
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
+    hooks += module._backward_pre_hooks.values()
+    return any(capturing is None or getattr(hook, "__module__", None) != capturing.__name__ for hook in hooks)
+
+
+def _padded(input_ids: Any, attention_mask: Tensor | None, wait: bool) -> Tensor | None:
+    """Which tokens [B, S] are no padding, if there is padding, all of it on the right of at least one token.
+
+    On a GPU only if one may `wait` for the answer.
+    """
+    if attention_mask is None or attention_mask.shape != input_ids.shape or not (attention_mask.is_cpu or wait):
+        return None
+    present = attention_mask != 0
+    lengths = present.sum(1, keepdim=True)
+    on_the_right = torch.equal(present, torch.arange(present.shape[1], device=present.device) < lengths)
+    return present if on_the_right and present[:, 0].all() and not present.all() else None
+
+
+def _positions_of(embeddings: Any, input_ids: Any) -> Tensor:
+    """The positions [1 or B, S] that a model gives to tokens by default."""
+    make = getattr(embeddings, "create_position_ids_from_input_ids", None)  # RoBERTa's kind counts from its padding_idx
+    if make is None:
+        return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    return make(input_ids, embeddings.padding_idx)
+
+
+class FastEncoder(Fast):
+    """Runs packed batches, and pads at the end."""
+
+    area = "unpad"
+
+    @classmethod
+    def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
+        return {} if interface.is_class(module, tuple(f"{prefix}Encoder" for prefix in PREFIXES)) else None
+
+    def forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+        reads = kwargs.pop(READS, None)
+        if reads is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
+        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+        kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "use_cache"}
+        *layers, last = self.layer
+        first = reads == "first" and isinstance(last.attention, FastAttentionBlock)
+        for layer in layers:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        hidden_states = last(hidden_states, attention_mask, **kwargs, **({FIRST: True} if first else {}))
+        if packing.boundaries(attention_mask) is not None:
+            hidden_states = hidden_states.transpose(0, 1) if first else packing.pad(hidden_states, attention_mask)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
+
+
+class FastAttentionBlock(Fast):
+    """Attention and its output; in the last layer of some models for the first tokens alone."""
+
+    area = "unpad"
+
+    @classmethod
+    def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
+        if not interface.is_class(module, tuple(f"{prefix}Attention" for prefix in PREFIXES)):
+            return None
+        return "cross attention" if module.is_cross_attention else {}
+
+    def forward(
+        self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not kwargs.pop(FIRST, False):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+        y, weights = self.self(hidden_states, attention_mask=attention_mask, **kwargs, **{FIRST: True})
+        if y.shape[1] == hidden_states.shape[1]:
+            y = packing.first_tokens(y, attention_mask)
+        return self.output(y, packing.first_tokens(hidden_states, attention_mask)), weights
