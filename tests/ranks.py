@@ -79,7 +79,7 @@ def optimizers() -> dict[str, Any]:
     """Clipping and steps on shards, beside the same on whole tensors; and which path they took."""
     found: dict[str, Any] = {}
     for name, make in (
-        ("AdamW", lambda p: AdamW(p, lr=0.1)),
+        ("AdamW", lambda p: AdamW(p, lr=0.1, eps=1e-2)),  # so that noise in small gradients stays small
         ("SGD", lambda p: SGD(p, lr=0.1, momentum=0.9)),
     ):
         plain, batch = model_and_batch()
@@ -200,6 +200,14 @@ def tensor_parallel() -> dict[str, Any]:
     }
 
 
+def objective(folder: Path, name: str, out: str, batch: int, parallel: str) -> TrainConfig:
+    """A few steps of another objective, whose rows have different numbers of targets."""
+    own = {"mlm": {}, "seq2seq": {"data": str(folder / "pairs"), "seq2seq": {"languages": "en-de"}}}[name]
+    shape = {**SHAPE, "context": 80, "dropout": 0.0}
+    settings = config(folder, f"{name}-{out}", batch, objective=name, parallel=parallel, steps=6, model=shape)
+    return TrainConfig.from_dict({**settings.to_dict(), **own})
+
+
 def rows(folder: Path) -> list:
     """Which windows this rank takes in a few steps."""
     trainer = Trainer(config(folder, "rows", 2))
@@ -220,6 +228,8 @@ def main(folder: Path) -> dict[str, Any]:
         for name, run in (("from one", "one"), ("resumed", f"{parallel}-saved")):
             saved = str(folder / run / "checkpoints" / "step-00000020")
             found[f"{parallel}, {name}"] = curve(config(folder, f"{parallel}-{name}", 4, **own, resume=saved))
+        for name in ("mlm", "seq2seq"):
+            found[f"{parallel}, {name}"] = curve(objective(folder, name, parallel, 4, parallel))
     return found
 
 

@@ -19,7 +19,7 @@ for package in ("safetensors", "matplotlib", "yaml", "jsonargparse", "rich"):
 if not torch.distributed.is_available():
     pytest.skip("torch without torch.distributed", allow_module_level=True)
 
-from ranks import PARALLEL, STEPS, config, curve  # noqa: E402
+from ranks import PARALLEL, STEPS, config, curve, objective  # noqa: E402
 
 from bigmodel_fast.cli import main  # noqa: E402
 from bigmodel_fast.train import Trainer, distributed, load_checkpoint  # noqa: E402
@@ -39,6 +39,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     (folder / "corpus").mkdir()
     for i in range(40):
         (folder / "corpus" / f"{i}.txt").write_text(f"{i}: all work and no play makes a dull day, {i * i} times over")
+    (folder / "pairs").mkdir()
+    for name, count in (("train", 40), ("val", 12)):
+        lines = [("one two three " * (i % 5 + 1), "eins zwei " * (i % 7 + 1)) for i in range(count)]
+        for side, language in enumerate(("en", "de")):
+            (folder / "pairs" / f"{name}.{language}").write_text("".join(f"{line[side]}\n" for line in lines))
     one = curve(config(folder, "one", 8, save_every=20, keep=9))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -68,6 +73,15 @@ def test_two_ranks_take_the_steps_of_one(runs, parallel: str) -> None:
     assert one["losses"][-1] < one["losses"][0] - 0.5  # something was learned
     assert_same(first[parallel], one)
     assert_same(first[f"{parallel}, accumulated"], one)
+
+
+@pytest.mark.parametrize("name", ["mlm", "seq2seq"])
+def test_rows_of_different_numbers_of_targets_count_as_on_one_rank(runs, name: str) -> None:
+    folder, _, (first, _) = runs
+    one = curve(objective(folder, name, "one", 8, "ddp"))
+    for parallel in PARALLEL:
+        assert first[f"{parallel}, {name}"]["losses"] == pytest.approx(one["losses"], rel=TOLERANCE)
+        assert first[f"{parallel}, {name}"]["evaluation"] == pytest.approx(one["evaluation"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("parallel", PARALLEL)
