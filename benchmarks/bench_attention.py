@@ -1,10 +1,12 @@
 """attention beside torch's scaled_dot_product_attention, which is "eager" here.
 
 On a GPU "eager" takes the backend that torch chooses, and its backends for FlashAttention and cuDNN take part by name
-as well, and so does FlexAttention, compiled, for the masks that it is made for.
+as well, and so does FlexAttention, compiled, for the masks that it is made for. "native" are our kernels in CUDA C++,
+where this build has them; "bigmodel_fast" is Triton there.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache, lru_cache
 from typing import Any
 
@@ -14,7 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from bigmodel_fast import ops
+from bigmodel_fast import _dispatch, ops
+from bigmodel_fast.ops import _cuda
 from bigmodel_fast.ops.attention import allowed_mask, reference
 
 from .cases import Case, Draw, OpBenchmark, normal, projected, values
@@ -120,6 +123,16 @@ def flex(
     return (call or compiled_flex())(query, key, value, change, block_mask, enable_gqa=enable_gqa)
 
 
+def native(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    with _dispatch.forcing("native"):
+        out = ops.attention(query, key, value, **options)
+    if out.grad_fn is not None:
+        forced = ExitStack()
+        out.grad_fn.register_prehook(lambda _: forced.enter_context(_dispatch.forcing("native")))
+        out.grad_fn.register_hook(lambda *_: forced.close())
+    return out
+
+
 def by_head(
     query: Tensor,
     key: Tensor,
@@ -189,14 +202,16 @@ def slopes(heads: int) -> Draw:
     return values(lambda: 2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads))
 
 
-ALL = ("bigmodel_fast", "eager", "eager flash", "eager cudnn")
-MASKED = ("bigmodel_fast", "eager", "flex")
+NATIVE = ("native",) if _cuda.BUILT else ()
+ALL = ("bigmodel_fast", *NATIVE, "eager", "eager flash", "eager cudnn")
+MASKED = ("bigmodel_fast", *NATIVE, "eager", "flex")
 
 BENCHMARK = OpBenchmark(
     name="attention",
     unit="FLOP",
     functions={"bigmodel_fast": ops.attention, "eager": sdpa},
     cuda_functions={
+        **({"native": native} if _cuda.BUILT else {}),
         "eager flash": with_backend(SDPBackend.FLASH_ATTENTION),
         "eager cudnn": with_backend(SDPBackend.CUDNN_ATTENTION),
         "flex": flex,
@@ -254,7 +269,7 @@ BENCHMARK = OpBenchmark(
             qkv(4, 16, 4096, 128),
             {"is_causal": True, "dropout_p": 0.1},
             dtypes=BF16,
-            providers=("bigmodel_fast", "eager", "eager flash"),
+            providers=("bigmodel_fast", *NATIVE, "eager", "eager flash"),
         ),
         Case(
             "full 64x12x512x64 padded",

@@ -1,5 +1,5 @@
-"""Writes docs/performance.md from a bench.json: for each operator the roofline, the share of it that was measured, and
-what is left.
+"""Writes docs/performance.md from a bench.json, or from several of one machine: for each operator the roofline, the
+share of it that was measured, and what is left.
 
     bigmodel-fast bench --out runs/all
     python -m bigmodel_fast.benchmarks.performance runs/all/bench.json > docs/performance.md
@@ -81,7 +81,7 @@ def page(report: Report) -> str:
                 f"| [{op}](#{op}) | {dtype} | {direction} | {mean(shares):.0%} | {least(shares):.0%} "
                 f"| {mean(speedups):.2f}x | {least(speedups):.2f}x |"
             )
-    lines += ["", *losses(ours)]
+    lines += ["", *losses(ours, report.rows)]
     for op, rows in by_op(ours):
         lines += ["", f"## {op}", "", NOTES.get(op, ""), ""] if op in NOTES else ["", f"## {op}", ""]
         lines += ["| case | roof | measured | of the roof | left | beside eager |", "|---|---:|---:|---:|---:|---:|"]
@@ -97,16 +97,20 @@ def page(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def losses(rows: Iterable[Row]) -> list[str]:
-    """The cases in which plain torch was faster."""
+def losses(rows: Iterable[Row], all_rows: Iterable[Row]) -> list[str]:
+    """The cases in which plain torch was faster, and how forward and backward are together."""
+    together = {(r.op, r.case, r.dtype): r.speedup for r in all_rows if r.provider == OURS and r.direction == "both"}
     lost = sorted((row for row in rows if row.speedup and row.speedup < LOSS), key=lambda row: row.speedup or 0)
     if not lost:
         return ["## Losses", "", f"None: no case ran below {LOSS:.2f}x of eager's speed."]
     lines = ["## Losses", "", f"Cases below {LOSS:.2f}x of eager's speed, the slowest first:", ""]
-    return lines + [
-        f"- {row.op}, {row.case}, {row.dtype}, {row.direction}: {row.speedup:.2f}x ({duration(row.seconds or 0)})"
-        for row in lost
-    ]
+    for row in lost:
+        whole = together.get((row.op, row.case, row.dtype)) if row.direction in ("forward", "backward") else None
+        lines.append(
+            f"- {row.op}, {row.case}, {row.dtype}, {row.direction}: {row.speedup:.2f}x ({duration(row.seconds or 0)})"
+            + (f"; forward and backward together {whole:.2f}x" if whole else "")
+        )
+    return lines
 
 
 def grouped(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -128,9 +132,9 @@ def least(numbers: Iterable[float | None]) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m bigmodel_fast.benchmarks.performance", description=__doc__)
-    parser.add_argument("file", type=Path, help="bench.json, of `bigmodel-fast bench --out FOLDER`")
+    parser.add_argument("files", type=Path, nargs="+", help="bench.json, of `bigmodel-fast bench --out FOLDER`")
     try:
-        print(page(Report.load(parser.parse_args().file)), end="")
+        print(page(Report.merged([Report.load(file) for file in parser.parse_args().files])), end="")
     except ValueError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

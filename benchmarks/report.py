@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
@@ -21,7 +21,7 @@ import bigmodel_fast
 from bigmodel_fast._machine import cpu_name
 
 from .cases import OURS
-from .engine import Row, geometric_means
+from .engine import Row, fill_shares, geometric_means
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,6 +63,26 @@ class Report:
             raise ValueError(f"{path}: {error.strerror}") from None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
             raise ValueError(f"{path}: is no bench.json of `bigmodel-fast bench --out`") from None
+
+    @classmethod
+    def merged(cls, reports: Sequence[Report]) -> Report:
+        """Runs on one machine as one: of what was measured twice, the later; shares are of the highest peaks.
+
+        ValueError if anything but their commits, commands and dates differs.
+        """
+        machine = reports[0].machine
+        for other in reports[1:]:
+            for name in sorted({*machine, *other.machine} - {"commit", "command", "date"}):
+                if machine.get(name) != other.machine.get(name):
+                    raise ValueError(f"runs differ in {name}: {machine.get(name)} and {other.machine.get(name)}")
+        rows = {(r.op, r.case, r.dtype, r.direction, r.provider): r for report in reports for r in report.rows}
+        peaks = {name: max(report.peaks[name] for report in reports) for name in reports[0].peaks}
+        fill_shares(list(rows.values()), peaks)
+        commits, commands = (
+            dict.fromkeys(report.machine[name] for report in reports) for name in ("commit", "command")
+        )
+        machine = {**machine, "commit": ", then ".join(commits), "command": "`, then `".join(commands)}
+        return cls(machine, peaks, list(rows.values()))
 
     def caption(self) -> str:
         """The machine in a line."""

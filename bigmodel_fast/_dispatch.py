@@ -3,18 +3,34 @@
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 _BACKENDS = ("native", "triton", "reference")
 _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+# What an operator has to have, and how many of them: on CPU, plain torch is done with fewer before a kernel of ours is
+# called, or before weights are packed for it. Where forward and backward take as long, measured on an AMD EPYC (Zen 4).
+FEWEST: dict[str, tuple[int, str]] = {
+    "cross_entropy": (1 << 15, "logits"),
+    "dropout": (1 << 13, "elements"),
+    "embedding": (1 << 13, "tokens, and no gradient"),
+    "layer_norm": (1 << 17, "elements"),
+    "linear": (1 << 25, "multiply-adds in float32"),
+    "linear_cross_entropy": (4, "tokens"),
+    "rms_norm": (1 << 15, "elements, and no gradient"),
+}
 _triton: set[str] = set()  # operators that have a Triton kernel
+_native_cuda: set[str] = set()  # operators that have a CUDA C++ kernel in this build
 _calls: Counter[tuple[str, str, str]] = Counter()
+_small_calls = dict.fromkeys(FEWEST, 0)  # by operator, of `small`: counted in less time
 
 
 def _forced_backend() -> str | None:
@@ -33,19 +49,71 @@ def have_triton(ops: Iterable[str]) -> None:
         _triton.update(ops)
 
 
+def have_native_cuda(ops: Iterable[str]) -> None:
+    """This build has a CUDA C++ kernel for these operators."""
+    _native_cuda.update(ops)
+
+
+def cuda_backend(op: str) -> str:
+    """Whose kernel an operator runs on a GPU: Triton's, unless the CUDA C++ one is forced and there is one."""
+    return "native" if _forced == "native" and op in _native_cuda else "triton"
+
+
+@contextmanager
+def forcing(backend: str | None) -> Iterator[None]:
+    """As if BMF_BACKEND were `backend`, for whoever compares backends in one process."""
+    global _forced
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
 def use_native(op: str, reason: str | None, t: torch.Tensor | None = None) -> bool:
-    """True if `op` runs its kernel: the C++ one, or Triton's if `t` lies on a GPU.
+    """True if `op` runs its kernel: the C++ one, or that of `cuda_backend` if `t` lies on a GPU.
 
     `reason` says why the kernel does not cover this call, or is None.
     """
-    backend = "triton" if t is not None and t.is_cuda else "native"
+    backend = cuda_backend(op) if t is not None and t.is_cuda else "native"
     if reason is None and backend == "triton" and op not in _triton:
         reason = "no kernel for device cuda"
     if _forced is not None and _forced != backend:
         reason = f"BMF_BACKEND={_forced}"
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         _calls[(op, "reference" if reason else backend, reason or "")] += 1
     return reason is None
+
+
+def _few(op: str) -> str:
+    least, what = FEWEST[op]
+    return f"fewer than {least} {what}"
+
+
+def too_few(op: str, t: torch.Tensor, count: int) -> str | None:
+    """Why plain torch takes a call of `count` of what FEWEST counts, in `t` or beside it; None if a kernel does.
+
+    Never within a torch.compile graph, which is to hold for more sizes than the one it was traced with.
+    """
+    if is_compiling() or not t.is_cpu or _forced is not None:
+        return None
+    return _few(op) if count < FEWEST[op][0] else None
+
+
+def small(op: str, function: Callable[..., torch.Tensor], t: torch.Tensor, *args: Any) -> torch.Tensor | None:
+    """function(*args), torch's own, if `t` has too few elements; None if it has not, or if torch does not take them.
+
+    For calls of microseconds, of which checks would be the larger part. They come after this, and say what is wrong
+    with arguments that torch did not take.
+    """
+    if is_compiling() or t.numel() >= FEWEST[op][0] or not t.is_cpu or _forced is not None:
+        return None
+    try:
+        result = function(*args)
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return None
+    _small_calls[op] += 1
+    return result
 
 
 def unsupported(*tensors: torch.Tensor | None) -> str | None:
@@ -91,7 +159,9 @@ def explain(*, reset: bool = False) -> Explanation:
 
     Calls inside a `torch.compile` graph are not recorded.
     """
-    calls = tuple(Call(op, path, reason, n) for (op, path, reason), n in sorted(_calls.items()))
+    found = _calls + Counter({(op, "reference", _few(op)): n for op, n in _small_calls.items()})
+    calls = tuple(Call(op, path, reason, n) for (op, path, reason), n in sorted(found.items()))
     if reset:
         _calls.clear()
+        _small_calls.update(dict.fromkeys(_small_calls, 0))
     return Explanation(calls)

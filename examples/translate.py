@@ -23,6 +23,7 @@ from bigmodel_fast.benchmarks.bench_transformer import (
     plain_loss,
 )
 
+from bigmodel_fast.cli.progress import reporter_for_terminal
 from bigmodel_fast.data import read_lines
 from bigmodel_fast.optim import AdamW, clip_grad_norm_
 from bigmodel_fast.train import TrainConfig, load_checkpoint, pretrain, translate_lines
@@ -108,10 +109,11 @@ def main() -> None:
     parser.add_argument("--test", default="test_2016_flickr")
     parser.add_argument("--out")
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--minutes", type=float, help="stop after so much training, if the steps are not done before")
     parser.add_argument("--beams", type=int, default=5)
     parser.add_argument("--compare", type=int, metavar="STEPS", help="time so many steps of each instead")
     given = parser.parse_args()
-    config = recipe(data=str(given.data), out=given.out, steps=given.steps, resume="auto")
+    config = recipe(data=str(given.data), out=given.out, steps=given.steps, minutes=given.minutes, resume="auto")
     if given.compare:
         taken = step_times(config, given.compare)
         first = statistics.median(taken["bigmodel_fast"])
@@ -125,7 +127,7 @@ def main() -> None:
     for name in language:
         path = given.data / f"{given.test}.{name}"
         texts.append(read_lines(path if path.exists() else path.with_name(f"{path.name}.gz")))
-    result = pretrain(config)
+    result = pretrain(config, reporter_for_terminal(50))
     found = bleu(config.out_folder, *texts, beams=given.beams)
     (config.out_folder / f"{given.test}.{language[1]}").write_text("\n".join(found["translations"]) + "\n")  # type: ignore[arg-type]
     print(f"step {result.step}: BLEU {found['bleu']:.2f} on {given.test} ({found['signature']})")

@@ -2,7 +2,6 @@
 too, where a user's would go to plain torch because that is faster; fixtures of training runs.
 """
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,12 @@ import pytest
 import torch
 
 import bigmodel_fast as bmf
-
-dropout = importlib.import_module("bigmodel_fast.ops.dropout")
-linear_cross_entropy = importlib.import_module("bigmodel_fast.ops.linear_cross_entropy")
+from bigmodel_fast import _dispatch
 
 
 @pytest.fixture(autouse=True)
 def _as_started(monkeypatch):
-    monkeypatch.setattr(dropout, "FEWEST_ELEMENTS", 0)
-    monkeypatch.setattr(linear_cross_entropy, "FEWEST_TOKENS", 0)
+    monkeypatch.setattr(_dispatch, "FEWEST", {op: (0, what) for op, (_, what) in _dispatch.FEWEST.items()})
     isa, threads = bmf.cpu_isa(), torch.get_num_threads()
     yield
     bmf.cpu_isa(isa)

@@ -1,11 +1,10 @@
 """bmf.accelerate on models of transformers: tiny random ones, compared with the stock model and float64."""
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import numerics
 import pytest
 import torch
 from accelerated import DTYPES, assert_same_model, kinds, weighed
@@ -56,6 +55,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     ),
 }
 
+ENCODERS = ("electra", "distilbert")  # written as BERT is
+
 
 def make(family: str, **changes: Any) -> nn.Module:
     name, config, _ = FAMILIES[family]
@@ -98,6 +99,33 @@ def test_loss_and_gradients(family: str, dtype: str) -> None:
     assert ("linear_cross_entropy", "native") in paths
     assert not [op for op, path in paths if op.startswith("accelerate")]
     assert fast(TOKENS, labels=LABELS).logits is None
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ENCODERS])
+def test_a_training_run(family: str) -> None:
+    """32 steps of AdamW: the losses stay as near to those in float64 as the stock model's."""
+    batches = [TOKENS.roll(i, 1) for i in range(3)]
+    # Padding behind a window sees no key, which in float64 gives the stock model NaN.
+    mask = torch.ones_like(RIGHT) if "sliding_window" in FAMILIES[family][1] else RIGHT
+
+    def losses(model: nn.Module, accelerated: bool = False) -> Tensor:
+        if accelerated:
+            bmf.accelerate(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)
+        found = []
+        for step in range(32):
+            tokens = batches[step % 3]
+            loss = model(tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.detach())
+        return torch.stack(found)
+
+    model = make(family).train()
+    exact, stock = losses(copy.deepcopy(model).double()), losses(copy.deepcopy(model))
+    assert exact[-3:].mean() < exact[:3].mean() - 0.1
+    numerics.assert_close(losses(model, True), stock, exact, numerics.BACKWARD, "losses")
 
 
 @pytest.mark.parametrize("padding", [None, RIGHT, LEFT], ids=["none", "right", "left"])
@@ -276,11 +304,3 @@ def test_an_attention_that_was_asked_for_stays() -> None:
     report = bmf.accelerate(model)
     assert report.left[0].why == "attention by flex_attention was asked for"
     assert model.config._attn_implementation == "flex_attention"
-
-
-def test_the_example_trains() -> None:
-    example = Path(__file__).parent.parent / "examples" / "accelerate_bert.py"
-    small = ["--steps", "2", "--batch", "4", "--length", "16", "--width", "24"]
-    done = subprocess.run([sys.executable, str(example), *small], capture_output=True, text=True, check=True)
-    assert "BertSelfAttention" in done.stdout
-    assert "step 2: loss" in done.stdout

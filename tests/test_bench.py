@@ -35,8 +35,9 @@ def only(benchmark: Benchmark, case: Case) -> Benchmark:
 
 def test_the_page_shows_the_roof_what_is_left_and_every_loss(tmp_path: Path) -> None:
     def row(case: str, provider: str, seconds: float, **more) -> engine.Row:
+        names = {"op": "linear", "dtype": "bf16", "direction": "forward"}
         numbers = {"seconds": seconds, "low": seconds, "high": seconds, "rate": 1e9, "unit": "FLOP"}
-        return engine.Row("linear", case, "bf16", "forward", provider, **{**numbers, **more})
+        return engine.Row(**{**names, "case": case, "provider": provider, **numbers, **more})
 
     rows = [
         row("wide", EAGER, 0.008, share=0.4, speedup=1.0),
@@ -53,6 +54,18 @@ def test_the_page_shows_the_roof_what_is_left_and_every_loss(tmp_path: Path) -> 
     assert "| wide, bf16, forward | 3.2 ms | 4 ms | 80% | 800 us | 2.00x |" in page
     assert "- linear, small, bf16, forward: 0.50x (2 ms)" in page
     assert "broken" not in page
+    again = replace(
+        found, rows=[row("small", OURS, 0.0005, speedup=2.0), row("small", OURS, 1, direction="both", speedup=3.0)]
+    )
+    faster = replace(found, peaks={name: 2 * peak for name, peak in PEAKS.items()}, rows=[])
+    merged = report.Report.merged([found, again, faster])
+    assert "None: no case" in performance.page(merged)
+    assert {r.case: r.share for r in merged.rows if r.provider == OURS}["wide"] == 1e9 / (2 * PEAKS["bf16"])
+    both = [row("small", OURS, 0.003, direction="both", speedup=0.75)]
+    page = performance.page(report.Report.merged([found, replace(found, rows=both)]))
+    assert "- linear, small, bf16, forward: 0.50x (2 ms); forward and backward together 0.75x" in page
+    with pytest.raises(ValueError, match="threads: 2 and 3"):
+        report.Report.merged([found, replace(found, machine={**found.machine, "threads": 3})])
 
 
 def test_the_page_needs_a_bench_json(tmp_path: Path, monkeypatch, capsys) -> None:

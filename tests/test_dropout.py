@@ -1,12 +1,10 @@
 """Dropout of an operator's output: how much, where, the same in backward, and the same whether fused or not."""
 
-import importlib
-
 import pytest
 import torch
 
 import bigmodel_fast as bmf
-from bigmodel_fast import _C, ops
+from bigmodel_fast import _C, _dispatch, ops
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -102,7 +100,7 @@ def test_nothing_to_do_is_nothing_done() -> None:
 
 def test_few_elements_go_to_plain_torch_and_it_says_so(monkeypatch) -> None:
     monkeypatch.undo()
-    least = importlib.import_module("bigmodel_fast.ops.dropout").FEWEST_ELEMENTS
+    least, _ = _dispatch.FEWEST["dropout"]
     bmf.explain(reset=True)
     ops.dropout(torch.ones(1, least - 1), 0.5)
     ops.dropout(torch.ones(1, least), 0.5)

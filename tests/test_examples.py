@@ -92,7 +92,7 @@ def test_tabular_finds_the_malignant(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.fixture
 def translating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The example with a recipe of a tiny model, and a folder of pairs `tmp_path`/pairs."""
-    for package in ("yaml", "safetensors", "matplotlib", "tokenizers"):
+    for package in ("yaml", "safetensors", "matplotlib", "tokenizers", "rich"):
         pytest.importorskip(package)
     import yaml
 
@@ -117,7 +117,7 @@ def test_translation_is_learnt_and_measured(translating: ModuleType, tmp_path: P
     monkeypatch.setattr(sys, "argv", ["translate.py", "--data", data, "--test", "test", "--beams", "2"])
     translating.main()
     shown = capsys.readouterr().out
-    assert shown.startswith("step 4: BLEU ")
+    assert "\nstep 4: BLEU " in shown
     assert len((tmp_path / "run" / "test.de").read_text().splitlines()) == 8
     references = [f"ein Mann und ein Hund {i}" for i in range(8)]
     monkeypatch.setattr(translating, "translate_lines", lambda model, tokenizer, lines, **_: references)
@@ -134,3 +134,21 @@ def test_translation_is_timed_beside_torchs(translating: ModuleType, tmp_path: P
         "nn.Transformer, bucketed",
     ]
     assert not (tmp_path / "run").exists()
+
+
+def test_fine_tuning_beside_a_plain_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    from tiny_models import tiny_bert, write_lines
+
+    rows = [{"text": f"i saw a {('cat', 'dog')[i % 2]}", "label": i % 2} for i in range(40)]
+    model = tiny_bert(tmp_path / "bert", [str(r["text"]) for r in rows])
+    data = write_lines(tmp_path / "data.jsonl", rows)
+    argv = ["example", "--model", model, "--data", data, "--steps", "2", "--batch", "4", "--max-length", "16"]
+    monkeypatch.setattr(sys, "argv", argv)
+    example("finetune_beside_stock").main()
+    said = capsys.readouterr().out
+    assert [line.partition("median")[0].strip() for line in said.splitlines()[1:]] == [
+        "ours", "stock, shuffled", "stock, ours",
+    ]  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 for package in ("jsonargparse", "rich", "matplotlib"):
     pytest.importorskip(package)
 
-from bigmodel_fast.benchmarks import prediction  # noqa: E402
+from bigmodel_fast.benchmarks import prediction, scaling  # noqa: E402
 
 from bigmodel_fast.cli import main  # noqa: E402
 from bigmodel_fast.models import GPT, GPTConfig  # noqa: E402
@@ -150,6 +150,39 @@ def test_overlap_hides_what_it_can() -> None:
         assert seconds(fast, 3.0, 1, 10**6, 12, *extra) == pytest.approx(3.0, rel=0.01)
         assert seconds(slow, 3.0, 1, 10**6, 12, *extra) > 6.0
     assert fsdp_seconds(slow, 3.0, 4, 10**6, 12, 2) > fsdp_seconds(slow, 3.0, 1, 10**6, 12, 2)
+
+
+def test_the_page_on_scaling_comes_from_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "DEVICES", (8, 64))
+    monkeypatch.setattr(scaling, "SHOWN", (8, 64))
+    rows = [
+        {
+            "sweep": sweep,
+            "width": setup.config.width,
+            "context": setup.config.context,
+            "batch": setup.batch,
+            "threads": threads or 2,
+            "parameters": 10**6,
+            "flops": 1e9,
+            "predicted": 0.011,
+            "seconds": 0.010,
+        }
+        for sweep, setup, threads in scaling.sweeps()
+    ]
+    slow = {"cpu": "a CPU", "threads": 2, "torch": "2", "date": "today", "rows": rows}
+    fast = slow | {"rows": [row | {"seconds": 0.005} for row in rows]}
+    found = scaling.merged(slow, fast)
+    assert {(row["seconds"], row["predicted"]) for row in found["rows"]} == {(0.005, 0.011)}
+    with pytest.raises(ValueError, match="another machine"):
+        scaling.merged(slow, fast | {"cpu": "another"})
+    (tmp_path / "scaling.json").write_text(json.dumps(found))
+    assert scaling.main([str(tmp_path / "scaling.json"), "--docs", str(tmp_path)]) == 0
+    text = (tmp_path / "scaling.md").read_text()
+    assert "| 768 | 1.0M | 5 ms | 11 ms |" in text
+    assert "off by 120% on average" in text
+    assert "2 (n - 1)/n S/B + 2 (n - 1) a" in text
+    assert text.count("| 7B | 64 |") == 2 * len(scaling.HARDWARE)
+    assert (tmp_path / "images" / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---- a plan ----

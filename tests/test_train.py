@@ -302,7 +302,7 @@ def test_a_full_disk_in_mid_run_leaves_the_last_checkpoint(settings) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
 
     try:
-        with pytest.raises(TrainError, match=r"step [4-8]: cannot write to .* last good checkpoint is .*step-00000002"):
+        with pytest.raises(TrainError, match=r"step \d+: cannot write to .* last good checkpoint is .*step-00000002"):
             pretrain(config, Act(3, fill_disk))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

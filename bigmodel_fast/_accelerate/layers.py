@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from . import probe, swap
+from .conv1d import conv1d, conv1d_mlp
 from .swap import Fast, plan
 
 
@@ -42,7 +43,9 @@ class FastLinear(Fast):
     def forward(self: Any, x: Tensor) -> Tensor:
         if swap.unusual(self) or type(x) is not Tensor:
             return super().forward(x)  # type: ignore[misc]
-        return ops.linear(x, weight_of(self), self.bias)
+        if _is_conv1d(self):
+            return conv1d(x, self.weight, self.bias)
+        return ops.linear(x, self.weight, self.bias)
 
 
 class FastDropout(Fast):
@@ -187,6 +190,8 @@ def dense_mlp(
     x: Tensor, layers: list[Any], activation: str, inner: float, outer: float, residual: Tensor | None = None
 ) -> Tensor:
     """dropout(second(dropout(activation(first(x))))) + residual; of three layers the first two are gate and up."""
+    if len(layers) == 2 and all(_is_conv1d(layer) for layer in layers):
+        return conv1d_mlp(x, layers, activation, inner, outer, residual)
     weights = [weight_of(layer) for layer in layers]
     if residual is x and torch.compiler.is_compiling():
         residual = x.view_as(x)  # dynamo takes no tensor twice

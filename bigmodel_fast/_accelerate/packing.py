@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops._autograd import positional
+from ..ops._autograd import apply
 
 
 class _Take(torch.autograd.Function):
     """Rows of [n, W], none of them twice."""
 
     @staticmethod
-    @positional
     def forward(x, rows):
         return x.index_select(0, rows)
 
@@ -58,7 +57,7 @@ def positions(mask: Tensor) -> Tensor:
 def first_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     """The first token of each sequence: [B, 1, W] of [B, S, W]; [1, B, W] of a packed [1, T, W]."""
     bounds = boundaries(mask)
-    return x[:, :1] if bounds is None else _Take.apply(x[0], bounds[:-1])[None]
+    return x[:, :1] if bounds is None else apply(_Take, x[0], bounds[:-1])[None]
 
 
 def pad(x: Tensor, mask: Tensor) -> Tensor:

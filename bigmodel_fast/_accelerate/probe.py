@@ -1,6 +1,5 @@
 """What a module computes, found out by calling its own forward on small random weights in float64."""
 
-import copy
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -69,7 +68,7 @@ def small_copy(module: nn.Module, parameters: dict[str, Tensor], children: dict[
 
     Buffers are copies: a forward may write to them.
     """
-    small = copy.copy(module)
+    small: Any = nn.Module.__new__(type(module))  # not by its own, which may do more (FSDP2's does)
     small.__dict__ = {**module.__dict__, "training": False}
     small._parameters = {name: parameters.get(name) for name in module._parameters}  # type: ignore[misc]
     small._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
@@ -89,7 +88,7 @@ def rms_norm_offset(module: nn.Module, eps: float) -> float | None:
 
 def _role(layer: nn.Module, transposed: bool, into: int, out: int) -> nn.Module:
     weight = draw(out, into)
-    small = copy.copy(layer)
+    small: Any = nn.Module.__new__(type(layer))
     small.__dict__ = {**layer.__dict__}
     bias = None if layer._parameters.get("bias") is None else draw(out)
     small._parameters = {"weight": weight.t().contiguous() if transposed else weight, "bias": bias}  # type: ignore

@@ -10,6 +10,8 @@ import sys
 COMMANDS = {
     "pretrain": "train a GPT, BERT or Transformer on text, from random weights",
     "train-image": "train an image classifier, and report what it gets wrong",
+    "finetune": "fine-tune a Hugging Face model, or a GPT of pretrain, on a table of examples",
+    "evaluate": "measure a fine-tuned model, and show which words it went by",
     "generate": "continue a text with a trained model, fill in its masks, or translate it",
     "plan": "what a run takes: memory, time and money, before it is begun",
     "export": "the weights of a checkpoint as one safetensors file",
@@ -28,6 +30,10 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "pytest_benchmark": "bench",
     "sklearn": "vision",
+    "transformers": "finetune",
+    "peft": "finetune",
+    "sacrebleu": "finetune",
+    "captum": "attributions",
     "torchvision": "vision",
     "PIL": "vision",
 }

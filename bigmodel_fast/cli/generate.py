@@ -76,8 +76,11 @@ def generate(
         if checkpoint.objective == "mlm":
             _fill_in(model, tokenizer, prompt, top_k or CANDIDATES, where)
         elif checkpoint.objective == "seq2seq":
-            search = {"beams": beams, "length_penalty": length_penalty, "max_new_tokens": max_new_tokens}
-            for text in translate_lines(model, tokenizer, _lines(prompt, input), **search):
+            lines = _lines(prompt, input)
+            search = translate_lines(
+                model, tokenizer, lines, beams=beams, length_penalty=length_penalty, max_new_tokens=max_new_tokens
+            )
+            for text in search:
                 _show(text + "\n")
         else:
             limits = (max_new_tokens or NEW_TOKENS, temperature, top_k, top_p)

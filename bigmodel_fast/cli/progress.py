@@ -30,8 +30,14 @@ class Lines(Reporter):
         if done == total:
             self.line(f"tokenized {total / 1e6:.1f} million characters")
 
+    def about(self, start: Start) -> str:
+        return describe(start)
+
+    def about_evaluation(self, evaluation: Evaluation) -> str:
+        return describe_evaluation(evaluation)
+
     def start(self, start: Start) -> None:
-        self.line(describe(start))
+        self.line(self.about(start))
 
     def step(self, step: Step) -> None:
         if step.step % self.every == 0:
@@ -42,7 +48,7 @@ class Lines(Reporter):
             )
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        self.line(f"step {evaluation.step:5d}  {describe_evaluation(evaluation)}")
+        self.line(f"step {evaluation.step:5d}  {self.about_evaluation(evaluation)}")
 
     def saved(self, path: Path) -> None:
         self.line(f"saved {path}")
@@ -77,7 +83,7 @@ class Bar(Lines):
         self._progress.stop()
 
     def start(self, start: Start) -> None:
-        self.line(describe(start))
+        self.line(self.about(start))
         self._progress.update(self._task, description=f"step {start.step}", completed=0.0)
         self._progress.start()
 

@@ -50,6 +50,11 @@ class Tokenizer:
             raise ValueError(f"{path}: has no token {END}")
         return tokenizer
 
+    @property
+    def bpe(self) -> Any | None:
+        """The tokenizers.Tokenizer within; None for bytes."""
+        return self._bpe
+
     def save(self, path: Path) -> None:
         """One JSON file; that of a BPE is the `tokenizers` library's own."""
         path.write_text(json.dumps({"type": "bytes"}) if self._bpe is None else self._bpe.to_str(), encoding="utf-8")
@@ -73,7 +78,7 @@ class Tokenizer:
         return bytes(_BYTE_OF[character] for t in kept for character in self._bpe.id_to_token(t))
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The byte that each character of a byte-level BPE's tokens stands for (GPT-2's mapping).
 
     Printable bytes stand for themselves, the others for the characters from 256 on, in order.
@@ -83,4 +88,4 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-_BYTE_OF = _byte_alphabet()
+_BYTE_OF = byte_alphabet()

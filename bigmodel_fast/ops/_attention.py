@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
-from . import _checks, _dense
-from ._autograd import positional
+from . import _autograd, _checks, _cuda, _dense
 
 Window = int | tuple[int, int] | None
 
@@ -19,7 +18,7 @@ _CUDA_MOST_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  
 
 
 @torch.library.register_fake("bigmodel_fast::attention_fwd")
-def _(query, key, value, bias, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqlens_k, seed, *options):
+def _fake_forward(query, key, value, bias, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqlens_k, seed, *options):
     if query.dim() == 3:
         tokens, heads, _ = query.shape
         return query.new_empty(query.shape), query.new_empty((heads, tokens, 2), dtype=torch.float32)
@@ -27,13 +26,18 @@ def _(query, key, value, bias, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqle
 
 
 @torch.library.register_fake("bigmodel_fast::attention_bwd")
-def _(grad_out, query, key, value, *options):
+def _fake_backward(grad_out, query, key, value, *options):
     *_, bias_shape, packed = options
     grad_bias = query.new_empty(bias_shape or (0,), dtype=torch.float32)
     if packed:
         b, h, s, d = query.shape
         return query.new_empty((b, s, h + 2 * key.shape[1], d)), query.new_empty(0), query.new_empty(0), grad_bias
     return *(_empty_heads(t) if t.dim() == 4 else t.new_empty(t.shape) for t in (query, key, value)), grad_bias
+
+
+if _cuda.BUILT:  # what these are given last is a stream
+    torch.library.register_fake("bigmodel_fast::attention_fwd_cuda", lambda *a: _fake_forward(*a[:-1]))
+    torch.library.register_fake("bigmodel_fast::attention_bwd_cuda", lambda *a: _fake_backward(*a[:-1]))
 
 
 def _empty_heads(t: Tensor) -> Tensor:
@@ -44,7 +48,6 @@ def _empty_heads(t: Tensor) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    @positional
     def forward(query, key, value, bias, alibi_slopes, key_lengths, query_starts, key_starts, seed, options):
         expanded = None
         if bias is not None:
@@ -186,6 +189,8 @@ def uncovered(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> st
     reason = _dispatch.unsupported(query, key, value)
     if reason is None and query.is_cuda and query.shape[-1] > _CUDA_MOST_DIM[query.dtype]:
         reason = f"no kernel for a head dimension of {query.shape[-1]}"
+    if reason is None and query.is_cuda and _dispatch.cuda_backend("attention") == "native":
+        reason = None if query.element_size() == 2 else f"no CUDA C++ kernel for {query.dtype}"
     return reason
 
 
@@ -209,4 +214,4 @@ def apply(
     seed = _dense.draw_seed(dropout_p, query.device)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     tensors = (query, key, value, bias, alibi_slopes, key_lengths, *cu_seqlens, seed)
-    return _Attention.apply(*tensors, (scale, softcap or 0.0, *sight, dropout_p))[0]
+    return _autograd.apply(_Attention, *tensors, (scale, softcap or 0.0, *sight, dropout_p))[0]

@@ -1,33 +1,31 @@
 """Makes calls of autograd functions cheaper."""
 
-import inspect
-from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch.compiler import is_compiling
 
 
-class _Bound:
-    """What torch asks of inspect.BoundArguments."""
+@cache
+def _in_one(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same function with setup_context as a part of forward, which torch calls without binding its arguments."""
 
-    def __init__(self, args: tuple[Any, ...]):
-        self.args = args
-        self.kwargs: dict[str, Any] = {}
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
 
-    def apply_defaults(self) -> None:
-        pass
-
-
-class _Signature(inspect.Signature):
-    """Takes all arguments as they come: there are no defaults to fill in."""
-
-    def bind(self, *args: Any, **kwargs: Any) -> Any:
-        return super().bind(*args, **kwargs) if kwargs else _Bound(args)
+    body = {"forward": staticmethod(forward), "backward": staticmethod(function.backward), "__doc__": function.__doc__}
+    return cast(type[torch.autograd.Function], type(function.__name__, (torch.autograd.Function,), body))
 
 
-def positional(forward: Callable) -> Callable:
-    """For the `forward` of a torch.autograd.Function with setup_context that is called with every argument, in order.
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args), of a function with setup_context and without default arguments.
 
-    Function.apply inspects and binds forward's signature at each call, half of what a call costs; here it is done once.
+    torch inspects and binds the signature of such a forward at each call, half of what a call costs; only transforms of
+    torch.func need it.
     """
-    signature = _Signature(list(inspect.signature(forward).parameters.values()))
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    return forward
+    if is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return _in_one(function).apply(*args)

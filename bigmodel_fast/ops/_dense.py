@@ -34,7 +34,8 @@ def operands(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
 
 def rows(t: Tensor) -> Tensor:
     """`t` as [rows, width] with contiguous rows, without a copy where its strides allow it."""
-    t = t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+    if t.dim() != 2:
+        t = t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
     return t if t.stride(-1) == 1 or t.shape[-1] < 2 else t.contiguous()
 
 
@@ -67,7 +68,7 @@ def finished_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
 
 def finish(y: Tensor, p: float, residual: Tensor | None) -> Tensor:
     """Plain torch."""
-    y = F.dropout(y, p)
+    y = F.dropout(y, p) if p > 0 else y
     return y if residual is None else residual + y
 
 

@@ -4,12 +4,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._autograd import positional
+from ._autograd import apply
 
 
 class _SplitHeads(torch.autograd.Function):
     @staticmethod
-    @positional
     def forward(qkv, counts):
         return tuple(part.transpose(1, 2) for part in qkv.split(counts, dim=2))
 
@@ -41,4 +40,4 @@ def _adjacent(grads: tuple[Tensor, ...]) -> bool:
 
 def split_heads(qkv: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
     """[B, S, sum of counts, D] to one [B, count, S, D] for each count, all of them views."""
-    return _SplitHeads.apply(qkv, counts)
+    return apply(_SplitHeads, qkv, counts)

@@ -1,5 +1,8 @@
 """What layer_norm and rms_norm share."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,15 @@ from . import _checks
 def output_dtype(x: Tensor) -> torch.dtype:
     """Autocast's within its region, else x's."""
     return _checks.autocast_dtype(x) or x.dtype
+
+
+def small(op: str, function: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor | None:
+    """function(x, shape, *args), torch's own norm, if x is small and comes in the output's dtype; else None."""
+    if not isinstance(x, Tensor) or (
+        torch.is_autocast_enabled("cpu") and x.dtype is not torch.get_autocast_dtype("cpu")
+    ):
+        return None
+    return _dispatch.small(op, function, x, x, x.shape[-1:], *args)
 
 
 def uncovered(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> str | None:

@@ -1,6 +1,7 @@
 """The Triton launchers of `bigmodel_fast.kernels` as the CUDA implementation of the native operators.
 
-What is registered here imports its kernel, and triton with it, at its first call with a CUDA tensor.
+What is registered here imports its kernel, and triton with it, at its first call with a CUDA tensor. Where the CUDA C++
+kernel is asked for (`_cuda.py`), that runs in its place.
 """
 
 import importlib
@@ -9,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from .. import _dispatch
+from . import _cuda
 
 # The raw operators of each file in kernels/.
 LAUNCHERS = {
@@ -32,6 +34,8 @@ _implementations = torch.library.Library("bigmodel_fast", "IMPL")
 
 def _late(stem: str, name: str) -> Callable:
     def launch(*arguments):
+        if _dispatch.cuda_backend(stem) == "native":
+            return _cuda.launch(name, *arguments)
         module = importlib.import_module(f"bigmodel_fast.kernels.{stem}")
         return module.OPERATORS[name](*arguments)
 

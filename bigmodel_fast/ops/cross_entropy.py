@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
 from . import _checks
-from ._autograd import positional
+from ._autograd import apply
 
 
 def reference(
@@ -33,6 +33,16 @@ def reference(
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
+def _plain(logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, reduction: str) -> Tensor:
+    shaped = logits.dim() == 2 and target.dim() == 1 and target.dtype is torch.int64
+    if not (shaped and logits.is_floating_point() and label_smoothing >= 0):
+        raise TypeError("torch takes these too")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(
+        logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
+    )
+
+
 @torch.library.register_fake("bigmodel_fast::cross_entropy_fwd")
 def _(logits, target, ignore_index, label_smoothing, softcap, reduction):
     loss = logits.new_empty(target.shape if reduction == "none" else (), dtype=torch.float32)
@@ -48,7 +58,6 @@ class _CrossEntropy(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @positional
     def forward(logits, target, options):
         return torch.ops.bigmodel_fast.cross_entropy_fwd(logits, target, *options)
 
@@ -93,12 +102,18 @@ def cross_entropy(
         ValueError: shapes or devices do not fit together, or an option is out of range.
         IndexError: a target is out of range (on CPU, outside of torch.compile).
     """
+    if isinstance(logits, Tensor) and softcap is None:
+        options = ignore_index, label_smoothing, reduction
+        loss = _dispatch.small("cross_entropy", _plain, logits, logits, target, *options)
+        if loss is not None:
+            return loss
     _checks.floating("cross_entropy", logits=logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"cross_entropy: logits must be [..., classes], got {_checks.describe(logits)}")
     _checks.loss_options("cross_entropy", label_smoothing, softcap, reduction)
     _checks.targets("cross_entropy", target, logits, logits.shape[-1], ignore_index)
-    if not _dispatch.use_native("cross_entropy", _dispatch.unsupported(logits), logits):
+    reason = _dispatch.unsupported(logits) or _dispatch.too_few("cross_entropy", logits, logits.numel())
+    if not _dispatch.use_native("cross_entropy", reason, logits):
         return reference(
             logits,
             target,
@@ -107,4 +122,4 @@ def cross_entropy(
             softcap=softcap,
             reduction=reduction,
         )
-    return _CrossEntropy.apply(logits, target, (ignore_index, label_smoothing, softcap or 0.0, reduction))[0]
+    return apply(_CrossEntropy, logits, target, (ignore_index, label_smoothing, softcap or 0.0, reduction))[0]

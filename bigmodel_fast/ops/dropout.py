@@ -6,9 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
 from . import _checks, _dense
-from ._autograd import positional
-
-FEWEST_ELEMENTS = 8192  # on CPU, F.dropout is done with fewer before a kernel of ours is called
+from ._autograd import apply
 
 
 def reference(x: Tensor, p: float = 0.5, *, residual: Tensor | None = None) -> Tensor:
@@ -23,7 +21,6 @@ def _(x, seed, p, residual, dtype):
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    @positional
     def forward(x, residual, seed, p):
         flat = None if residual is None else _dense.rows(residual)
         return torch.ops.bigmodel_fast.dropout_fwd(
@@ -62,15 +59,17 @@ def dropout(x: Tensor, p: float = 0.5, *, residual: Tensor | None = None) -> Ten
         TypeError: an argument is no floating-point tensor.
         ValueError: shapes or devices do not fit together, or p is out of range.
     """
+    if residual is None and p != 0 and isinstance(x, Tensor) and x.dim() > 0:
+        y = _dispatch.small("dropout", torch.dropout, x, x, p, True)
+        if y is not None:
+            return y
     _checks.floating("dropout", x=x, **_checks.given(residual=residual))
     if x.dim() == 0:
         raise ValueError(f"dropout: x must be [..., width], got {_checks.describe(x)}")
     _dense.check_finish("dropout", "p", p, residual, tuple(x.shape))
     if p == 0 and residual is None:
         return x
-    reason = _dispatch.unsupported(x, residual)
-    if reason is None and x.is_cpu and x.numel() < FEWEST_ELEMENTS:
-        reason = f"fewer than {FEWEST_ELEMENTS} elements"
+    reason = _dispatch.unsupported(x, residual) or _dispatch.too_few("dropout", x, x.numel())
     if not _dispatch.use_native("dropout", reason, x):
         return reference(x, p, residual=residual)
-    return _Dropout.apply(x, residual, _dense.draw_seed(p, x.device), p)
+    return apply(_Dropout, x, residual, _dense.draw_seed(p, x.device), p)

@@ -7,12 +7,18 @@ from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
 from . import _checks, _dense
-from ._autograd import positional
+from ._autograd import apply
 
 
 def reference(token: Tensor, weight: Tensor) -> Tensor:
     """Plain torch."""
     return F.embedding(token, weight)
+
+
+def _plain(weight: Tensor, token: Tensor) -> Tensor:
+    if token.dtype is not torch.int64 or not weight.is_floating_point():
+        raise TypeError("torch takes these too")
+    return torch.embedding(weight, token)
 
 
 @torch.library.register_fake("bigmodel_fast::embedding_fwd")
@@ -27,10 +33,9 @@ def _(grad_out, token, classes, dtype):
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    @positional
     def forward(token, weight):
         out = torch.ops.bigmodel_fast.embedding_fwd(token.reshape(-1), _dense.rows(weight))
-        return out.view(*token.shape, weight.shape[1])
+        return out if token.dim() == 1 else out.view(*token.shape, weight.shape[1])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -63,6 +68,10 @@ def embedding(token: Tensor, weight: Tensor) -> Tensor:
         IndexError: a token is out of range (on CPU, outside of torch.compile).
     """
     op = "embedding"
+    if isinstance(token, Tensor) and isinstance(weight, Tensor) and not _dense.needs_grad(weight):
+        out = _dispatch.small(op, _plain, token, weight, token)
+        if out is not None:
+            return out
     _checks.floating(op, weight=weight)
     _checks.ndim(op, "weight", weight, 2, "[classes, width]")
     if weight.shape[0] == 0:
@@ -70,4 +79,4 @@ def embedding(token: Tensor, weight: Tensor) -> Tensor:
     _checks.class_numbers(op, "token", token, weight, weight.shape[0])
     if not _dispatch.use_native(op, _dispatch.unsupported(weight), weight):
         return reference(token, weight)
-    return _Embedding.apply(token, weight)
+    return apply(_Embedding, token, weight)

@@ -6,7 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
 from . import _checks, _dense
-from ._autograd import positional
+from ._autograd import apply
 from .linear import reference as linear_reference
 
 
@@ -44,7 +44,6 @@ def _(dy, x, w_gate, w_up, w_down, gate, up, activation, wants):
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
-    @positional
     def forward(x, w_gate, w_up, w_down, residual, seed, activation, save, dropout_p):
         y, gate, up = torch.ops.bigmodel_fast.gated_mlp_fwd(
             *(_dense.rows(t) for t in (x, w_gate, w_up, w_down)),
@@ -138,4 +137,4 @@ def gated_mlp(
         return reference(x, w_gate, w_up, w_down, activation=activation, dropout_p=dropout_p, residual=residual)
     save = _dense.needs_grad(x, w_gate, w_up, w_down) and not recompute
     seed = _dense.draw_seed(dropout_p, x.device)
-    return _GatedMlp.apply(x, w_gate, w_up, w_down, residual, seed, activation, save, dropout_p)[0]
+    return apply(_GatedMlp, x, w_gate, w_up, w_down, residual, seed, activation, save, dropout_p)[0]

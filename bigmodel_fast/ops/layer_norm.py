@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
-from . import _checks, _norm
-from ._autograd import positional
+from . import _checks, _dense, _norm
+from ._autograd import apply
 
 
 def reference(
@@ -19,6 +19,16 @@ def reference(
     weight, bias = (None if t is None else t.to(wide.dtype) for t in (weight, bias))
     y = F.layer_norm(wide, (s.shape[-1],), weight, bias, eps).to(_norm.output_dtype(x))
     return y if residual is None else (y, s)
+
+
+def _plain(x: Tensor, shape: torch.Size, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    if weight is None or weight.dtype is x.dtype or not _dense.needs_grad(weight, bias):
+        return torch.layer_norm(x, shape, weight, bias, eps)
+    if not x.is_floating_point():
+        raise TypeError("torch.layer_norm does not take these")
+    wide = torch.promote_types(x.dtype, weight.dtype)  # in x's dtype torch would sum the gradients of parameters
+    weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
+    return torch.layer_norm(x.to(wide), shape, weight, bias, eps).to(x.dtype)
 
 
 @torch.library.register_fake("bigmodel_fast::layer_norm_fwd")
@@ -40,7 +50,6 @@ class _LayerNorm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @positional
     def forward(x, weight, bias, residual, eps, dtype):
         return torch.ops.bigmodel_fast.layer_norm_fwd(x, weight, bias, residual, eps, dtype)
 
@@ -89,6 +98,8 @@ def layer_norm(
         TypeError: an argument is no floating-point tensor.
         ValueError: shapes or devices do not fit together.
     """
+    if residual is None and (y := _norm.small("layer_norm", _plain, x, weight, bias, eps)) is not None:
+        return y
     _checks.floating("layer_norm", x=x, **_checks.given(weight=weight, bias=bias, residual=residual))
     if x.dim() == 0:
         raise ValueError(f"layer_norm: x must be [..., width], got {_checks.describe(x)}")
@@ -97,5 +108,5 @@ def layer_norm(
     _checks.shape("layer_norm", "residual", residual, tuple(x.shape), "(x's shape)")
     if not _dispatch.use_native("layer_norm", _norm.uncovered(x, residual, weight, bias), x):
         return reference(x, weight, bias, eps=eps, residual=residual)
-    y, s, _, _ = _LayerNorm.apply(x, weight, bias, residual, eps, _norm.output_dtype(x))
+    y, s, _, _ = apply(_LayerNorm, x, weight, bias, residual, eps, _norm.output_dtype(x))
     return y if residual is None else (y, s)

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from .. import _dispatch
 from . import _checks, _dense
 from ._activation import activate
-from ._autograd import positional
+from ._autograd import apply
 
 
 def reference(
@@ -43,7 +43,6 @@ def _(dy, x, weight, pre, activation, wants):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    @positional
     def forward(x, weight, bias, residual, seed, activation, save_pre, dropout_p):
         y, pre = torch.ops.bigmodel_fast.linear_fwd(
             _dense.rows(x),
@@ -121,8 +120,11 @@ def linear(
     _checks.choice("linear", "activation", activation, (None, *_checks.ACTIVATIONS))
     _dense.check_finish("linear", "dropout_p", dropout_p, residual, (*x.shape[:-1], weight.shape[0]))
     x, weight = _dense.operands(x, weight)
-    if not _dispatch.use_native("linear", _dispatch.unsupported(x, weight, bias, residual), x):
+    reason = _dispatch.unsupported(x, weight, bias, residual)
+    if reason is None and x.dtype is torch.float32 and activation is None and dropout_p == 0 and residual is None:
+        reason = _dispatch.too_few("linear", x, x.numel() * weight.shape[0])
+    if not _dispatch.use_native("linear", reason, x):
         return reference(x, weight, bias, activation=activation, dropout_p=dropout_p, residual=residual)
     save_pre = activation is not None and _dense.needs_grad(x, weight, bias)
     seed = _dense.draw_seed(dropout_p, x.device)
-    return _Linear.apply(x, weight, bias, residual, seed, activation or "none", save_pre, dropout_p)[0]
+    return apply(_Linear, x, weight, bias, residual, seed, activation or "none", save_pre, dropout_p)[0]

@@ -1,16 +1,19 @@
 """linear_cross_entropy: cross_entropy(x W^T + b, target) without ever holding [tokens, vocab] logits."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
 from . import _checks, _dense
-from ._autograd import positional
+from ._autograd import apply
+from .cross_entropy import cross_entropy
 from .cross_entropy import reference as cross_entropy_reference
+from .linear import linear
 from .linear import reference as linear_reference
-
-FEWEST_TOKENS = 4  # on CPU, plain torch is done with fewer before weights are packed
 
 
 def reference(
@@ -26,16 +29,19 @@ def reference(
     return_accuracy: bool = False,
 ):
     """Plain torch; holds the logits."""
-    logits = linear_reference(x, weight, bias)
-    loss = cross_entropy_reference(
-        logits,
-        target,
+    losses = partial(
+        cross_entropy_reference,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         softcap=softcap,
         reduction=reduction,
     )
-    if not return_accuracy:
+    return _of_logits(linear_reference(x, weight, bias), target, ignore_index, losses, return_accuracy)
+
+
+def _of_logits(logits: Tensor, target: Tensor, ignore_index: int, losses: Callable[..., Tensor], accuracy: bool):
+    loss = losses(logits, target)
+    if not accuracy:
         return loss
     used = target != ignore_index
     logits, hit = logits.detach()[used], target[used]
@@ -66,7 +72,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are made in forward, where the logits are, and only scaled in backward; but for reduction "none"."""
 
     @staticmethod
-    @positional
     def forward(x, weight, bias, target, wants, options):
         made = wants if options[-1] != "none" else (False, False, False)
         return torch.ops.bigmodel_fast.linear_cross_entropy_fwd(
@@ -164,23 +169,22 @@ def linear_cross_entropy(
     _checks.targets(op, target, x, weight.shape[0], ignore_index)
     x, weight = _dense.operands(x, weight)
     reason = _dispatch.unsupported(x, weight, bias)
-    if reason is None and x.is_cpu and target.numel() < FEWEST_TOKENS:
-        reason = f"fewer than {FEWEST_TOKENS} tokens"
+    few = None if reason else _dispatch.too_few(op, x, target.numel())
+    reason = reason or few
     if not _dispatch.use_native(op, reason, x):
-        return reference(
-            x,
-            weight,
-            target,
-            bias=bias,
+        # Of few tokens all logits are little, and their two operators write dW once and pack nothing.
+        logits = (linear if few else linear_reference)(x, weight, bias)
+        losses = partial(
+            cross_entropy if few else cross_entropy_reference,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             softcap=softcap,
             reduction=reduction,
-            return_accuracy=return_accuracy,
         )
+        return _of_logits(logits, target, ignore_index, losses, return_accuracy)
     wants = tuple(_dense.needs_grad(t) for t in (x, weight, bias))
     options = (ignore_index, label_smoothing, softcap or 0.0, reduction)
     tokens = target.reshape(-1).contiguous()
-    loss, *_, accuracy = _LinearCrossEntropy.apply(_dense.rows(x), weight, bias, tokens, wants, options)
+    loss, *_, accuracy = apply(_LinearCrossEntropy, _dense.rows(x), weight, bias, tokens, wants, options)
     loss = loss.view(target.shape) if reduction == "none" else loss
     return (loss, accuracy) if return_accuracy else loss

@@ -6,7 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
 from . import _checks, _dense
-from ._autograd import positional
+from ._autograd import apply
 from .linear import reference as linear_reference
 
 
@@ -48,7 +48,6 @@ def _(dy, x, w1, w2, pre, activation, wants):
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    @positional
     def forward(x, w1, b1, w2, b2, residual, seed, activation, save_pre, dropout_p):
         y, pre = torch.ops.bigmodel_fast.mlp_fwd(
             _dense.rows(x),
@@ -155,4 +154,4 @@ def mlp(
         return reference(x, w1, b1, w2, b2, activation=activation, dropout_p=dropout_p, residual=residual)
     save_pre = _dense.needs_grad(x, w1, b1, w2, b2) and not recompute
     seed = _dense.draw_seed(dropout_p, x.device)
-    return _Mlp.apply(x, w1, b1, w2, b2, residual, seed, activation, save_pre, dropout_p)[0]
+    return apply(_Mlp, x, w1, b1, w2, b2, residual, seed, activation, save_pre, dropout_p)[0]

@@ -6,7 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
 from . import _checks, _norm
-from ._autograd import positional
+from ._autograd import apply
 
 
 def reference(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor | None = None):
@@ -16,6 +16,15 @@ def reference(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor 
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)
     y = y.to(_norm.output_dtype(x))
     return y if residual is None else (y, s)
+
+
+def _plain(x: Tensor, shape: torch.Size, weight: Tensor, eps: float) -> Tensor:
+    if not (isinstance(weight, Tensor) and x.is_floating_point()):
+        raise TypeError("torch takes these too")
+    if x.dtype is weight.dtype:
+        return torch.rms_norm(x, shape, weight, eps)
+    wide = torch.promote_types(x.dtype, weight.dtype)  # which torch does by itself, with a warning
+    return torch.rms_norm(x.to(wide), shape, weight.to(wide), eps).to(x.dtype)
 
 
 @torch.library.register_fake("bigmodel_fast::rms_norm_fwd")
@@ -35,7 +44,6 @@ class _RmsNorm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @positional
     def forward(x, weight, residual, eps, dtype):
         return torch.ops.bigmodel_fast.rms_norm_fwd(x, weight, residual, eps, dtype)
 
@@ -77,6 +85,10 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor |
         TypeError: an argument is no floating-point tensor.
         ValueError: shapes or devices do not fit together.
     """
+    if residual is None and not torch.is_grad_enabled():
+        y = _norm.small("rms_norm", _plain, x, weight, eps)
+        if y is not None:
+            return y
     _checks.floating("rms_norm", x=x, weight=weight, **_checks.given(residual=residual))
     if x.dim() == 0:
         raise ValueError(f"rms_norm: x must be [..., width], got {_checks.describe(x)}")
@@ -84,5 +96,5 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor |
     _checks.shape("rms_norm", "residual", residual, tuple(x.shape), "(x's shape)")
     if not _dispatch.use_native("rms_norm", _norm.uncovered(x, residual, weight), x):
         return reference(x, weight, eps=eps, residual=residual)
-    y, s, _ = _RmsNorm.apply(x, weight, residual, eps, _norm.output_dtype(x))
+    y, s, _ = apply(_RmsNorm, x, weight, residual, eps, _norm.output_dtype(x))
     return y if residual is None else (y, s)

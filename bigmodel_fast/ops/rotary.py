@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _dispatch
 from . import _checks
-from ._autograd import positional
+from ._autograd import apply
 
 
 def _rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -29,7 +29,6 @@ class _Rotary(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @positional
     def forward(query, key, cos, sin, inverse):
         return torch.ops.bigmodel_fast.rotary_fwd(query, key, cos, sin, inverse)
 
@@ -40,7 +39,7 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_query, grad_key):
-        return *_Rotary.apply(grad_query, grad_key, *ctx.saved_tensors, not ctx.inverse), None, None, None
+        return *apply(_Rotary, grad_query, grad_key, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
 def _fallback_reason(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> str | None:
@@ -78,4 +77,4 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
         raise TypeError(f"rotary: cos and sin must have one dtype, got {cos.dtype} and {sin.dtype}")
     if not _dispatch.use_native("rotary", _fallback_reason(query, key, cos, sin), query):
         return reference(query, key, cos, sin)
-    return _Rotary.apply(query, key, cos, sin, False)
+    return apply(_Rotary, query, key, cos, sin, False)

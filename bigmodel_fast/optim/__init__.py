@@ -2,7 +2,7 @@
 
 from .adamw import AdamW
 from .clip import clip_grad_norm_
-from .schedule import cosine, warmup_cosine
+from .schedule import cosine, linear, warmup_cosine
 from .sgd import SGD
 
-__all__ = ["SGD", "AdamW", "clip_grad_norm_", "cosine", "warmup_cosine"]
+__all__ = ["SGD", "AdamW", "clip_grad_norm_", "cosine", "linear", "warmup_cosine"]

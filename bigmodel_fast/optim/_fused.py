@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .. import _dispatch, _library  # noqa: F401  (loads the native operators)
 
+_WHOLE = (Tensor, torch.nn.Parameter)  # types that are no shards; asking a tensor for what it lacks takes long
+
 
 def unsupported(group: dict[str, Any], parameters: Iterable[Tensor], options: tuple[str, ...]) -> str | None:
     """Why the kernel does not take this group of parameters with gradients; None if it does."""
@@ -16,6 +18,8 @@ def unsupported(group: dict[str, Any], parameters: Iterable[Tensor], options: tu
         if group.get(option):
             return f"no kernel for {option}"
     for t in local([t for p in parameters for t in (p, p.grad) if t is not None]):
+        if t.dtype is torch.float32 and t.is_cpu and t.layout is torch.strided and t.is_contiguous():
+            continue  # almost all, and there may be thousands
         if t.layout is not torch.strided:
             return "no kernel for sparse gradients"
         if (reason := _dispatch.unsupported(t)) is not None:
@@ -38,7 +42,11 @@ def first(groups: Iterable[tuple[dict[str, Any], list[Tensor]]]) -> Tensor | Non
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The part of each that this process holds: of a DTensor its shard, any other tensor itself."""
-    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    return [t if type(t) in _WHOLE else _shard(t) for t in tensors]
+
+
+def _shard(t: Any) -> Tensor:
+    return t.to_local() if hasattr(t, "to_local") else t
 
 
 def norm_of_all(grads: Iterable[Tensor]) -> float:

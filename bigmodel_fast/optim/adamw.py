@@ -88,14 +88,15 @@ class AdamW(torch.optim.AdamW):
                     state["step"] = torch.tensor(0.0)
                     state["exp_avg"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
                     state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
-                state["step"] += 1
                 states.append(state)
+            steps = [s["step"] for s in states]
+            torch._foreach_add_(steps, 1)
             torch.ops.bigmodel_fast.adamw_(
                 _fused.local(parameters),
                 _fused.local(p.grad for p in parameters if p.grad is not None),
                 _fused.local(s["exp_avg"] for s in states),
                 _fused.local(s["exp_avg_sq"] for s in states),
-                [int(s["step"]) for s in states],
+                [int(step.item()) for step in steps],
                 float(group["lr"]),
                 *(float(b) for b in group["betas"]),
                 float(group["eps"]),

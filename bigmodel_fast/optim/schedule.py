@@ -16,3 +16,8 @@ def warmup_cosine(step: int, steps: int, warmup: int, floor: float = 0.1) -> flo
 def cosine(done: float, floor: float = 0.1) -> float:
     """The factor of the learning rate when the share `done` (0 to 1) of a budget is spent: from 1 down to `floor`."""
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def linear(done: float, floor: float = 0.0) -> float:
+    """As `cosine`, in a straight line."""
+    return floor + (1 - floor) * (1 - min(1.0, done))

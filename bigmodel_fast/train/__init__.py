@@ -1,4 +1,4 @@
-"""Pretraining and image training: loops, settings, checkpoints, metrics. Usable without the commands.
+"""Pretraining, fine-tuning and image training: loops, settings, checkpoints, metrics. Usable without the commands.
 
 from bigmodel_fast.train import TrainConfig, pretrain
 pretrain(TrainConfig(data="my_texts", out="runs/mine", minutes=30))
@@ -7,6 +7,9 @@ pretrain(TrainConfig(data="my_texts", out="runs/mine", minutes=30))
 from .checkpoint import Checkpoint, export, load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import ModelConfig, OptimConfig, TrainConfig
 from .errors import CheckpointError, ConfigError, TrainError
+from .evaluation import EvaluateConfig, evaluate
+from .finetune_config import FinetuneConfig
+from .finetuning import Finetuner, FinetuneResult, finetune
 from .images import ImageTrainConfig, ImageTrainer
 from .loop import Result, Trainer, pretrain
 from .metrics import MetricsLog, plot_losses, read_metrics
@@ -20,7 +23,11 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "EpochResult",
+    "EvaluateConfig",
     "Evaluation",
+    "FinetuneConfig",
+    "FinetuneResult",
+    "Finetuner",
     "ImageTrainConfig",
     "ImageTrainer",
     "MLPTrainer",
@@ -34,7 +41,9 @@ __all__ = [
     "TrainConfig",
     "TrainError",
     "Trainer",
+    "evaluate",
     "export",
+    "finetune",
     "load_checkpoint",
     "newest_checkpoint",
     "pick_device",

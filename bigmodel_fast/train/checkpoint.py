@@ -115,14 +115,14 @@ class Checkpoint:
         Raises:
             CheckpointError: they are those of another model.
         """
-        (stored, stored_states), weights = self._tensors(), model.state_dict()
+        (stored, stored_states), weights = self._tensors(), model_tensors(model)
         if {k: tuple(v.shape) for k, v in weights.items()} != {k: v.shape for k, v in stored.items()}:
             raise CheckpointError(f"{self.path}: its weights are those of another model")
         if shards.has_shards(model) or not (self.path / MODEL).exists():
             states = {} if optimizer is None else _empty_states(model, stored_states)
             shards.read_shards({**weights, **states}, self.path)
         else:
-            model.load_state_dict(read_tensors(self.path / MODEL))
+            read_model(model, self.path / MODEL)
             states = {} if optimizer is None else read_tensors(self.path / OPTIMIZER)
         if optimizer is not None:
             self._restore_states(states, model, optimizer)
@@ -230,8 +230,15 @@ def _score(path: Path) -> float:
 
 
 def model_tensors(model: torch.nn.Module) -> Tensors:
-    """The weights by name; the model's own, not copies."""
-    return model.state_dict()
+    """The weights by name; the model's own, not copies. Those that are tied are there once, by their first name."""
+    state, firsts = model.state_dict(), set(_first_names(model).values())
+    return {name: tensor for name, tensor in state.items() if name in firsts}
+
+
+def _first_names(model: torch.nn.Module) -> dict[str, str]:
+    """For each name in the model's state dict the first name of the same tensor."""
+    firsts: dict[int, str] = {}
+    return {name: firsts.setdefault(id(t), name) for name, t in model.state_dict(keep_vars=True).items()}
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
@@ -250,6 +257,16 @@ def parameter_names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
 def write_model(model: torch.nn.Module, path: Path) -> None:
     """The weights as one safetensors file."""
     write_tensors(model_tensors(model), path)
+
+
+def read_model(model: torch.nn.Module, path: Path) -> None:
+    """Loads what `write_model` wrote; CheckpointError for the weights of another model."""
+    tensors = read_tensors(path)
+    tied = {name: tensors[first] for name, first in _first_names(model).items() if first in tensors}
+    try:
+        model.load_state_dict(tensors | tied)
+    except RuntimeError:
+        raise CheckpointError(f"{path.parent}: its weights are those of another model") from None
 
 
 def export(path: str | Path, out: Path) -> None:

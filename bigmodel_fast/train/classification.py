@@ -24,9 +24,17 @@ class ClassReport:
 
 @dataclass(frozen=True)
 class Classification:
-    """Of a set of samples: accuracy, figures by class, and confusion[i][j]: samples of class i that were called j."""
+    """Of a set of samples: shares right, and confusion[i][j]: samples of class i that were called j.
+
+    The macro figures are means over the classes; mcc is Matthews' correlation coefficient (Gorodkin 2004 for several
+    classes), in [-1, 1].
+    """
 
     accuracy: float
+    macro_precision: float
+    macro_recall: float
+    macro_f1: float
+    mcc: float
     classes: tuple[ClassReport, ...]
     confusion: tuple[tuple[int, ...], ...]
 
@@ -36,12 +44,12 @@ class Classification:
         lines += [
             f"{c.name.ljust(width)}  {c.precision:9.2%} {c.recall:8.2%} {c.f1:8.2%} {c.samples:8}" for c in self.classes
         ]
-        return "\n".join([*lines, f"accuracy {self.accuracy:.2%}"])
+        return "\n".join([*lines, f"accuracy {self.accuracy:.2%}, macro F1 {self.macro_f1:.2%}, MCC {self.mcc:.4f}"])
 
 
 def classify(predicted: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Classification:
     """The report on `predicted` classes [N] beside `labels` [N]; a share with nothing to divide by is 0."""
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+    from sklearn.metrics import confusion_matrix, matthews_corrcoef, precision_recall_fscore_support
 
     numbers = range(len(classes))
     truth, guess = labels.numpy(), predicted.numpy()
@@ -49,6 +57,10 @@ def classify(predicted: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Cla
     matrix = confusion_matrix(truth, guess, labels=numbers)
     return Classification(
         float((truth == guess).mean()),
+        float(precision.mean()),
+        float(recall.mean()),
+        float(f1.mean()),
+        float(matthews_corrcoef(truth, guess)),
         tuple(
             ClassReport(name, float(precision[i]), float(recall[i]), float(f1[i]), int(samples[i]))
             for i, name in enumerate(classes)
@@ -57,14 +69,14 @@ def classify(predicted: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Cla
     )
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     return FigureCanvasAgg(Figure(figsize=(width, height), dpi=144, layout="constrained")).figure
 
 
-def _save(figure: Any, picture: Path) -> None:
+def save_figure(figure: Any, picture: Path) -> None:
     unfinished = picture.with_suffix(".unfinished.png")
     figure.savefig(unfinished)
     os.replace(unfinished, picture)
@@ -75,7 +87,7 @@ def plot_confusion(report: Classification, picture: Path) -> None:
     names = [c.name for c in report.classes]
     n = len(names)
     side = min(20.0, max(4.5, 0.55 * n + 1.5))
-    figure = _figure(side, side)
+    figure = new_figure(side, side)
     axes = figure.subplots()
     counts = torch.tensor(report.confusion, dtype=torch.float64)
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
@@ -90,7 +102,7 @@ def plot_confusion(report: Classification, picture: Path) -> None:
     axes.set_xlabel("called")
     axes.set_ylabel("class")
     axes.set_title(f"accuracy {report.accuracy:.2%}", loc="left", fontweight="bold")
-    _save(figure, picture)
+    save_figure(figure, picture)
 
 
 def plot_mistakes(images: Images, logits: Tensor, picture: Path, most: int = 40) -> int:
@@ -101,7 +113,7 @@ def plot_mistakes(images: Images, logits: Tensor, picture: Path, most: int = 40)
     shown = wrong[surest][:most].tolist()
     columns = 8
     rows = max(1, -(-len(shown) // columns))
-    figure = _figure(columns * 1.1, rows * 1.35 + 0.4)
+    figure = new_figure(columns * 1.1, rows * 1.35 + 0.4)
     figure.suptitle(f"{len(wrong)} of {len(images)} missed", x=0.02, ha="left", fontweight="bold")
     for axes, i in zip(figure.subplots(rows, columns, squeeze=False).flat, [*shown, *[None] * most], strict=False):
         axes.axis("off")
@@ -110,5 +122,5 @@ def plot_mistakes(images: Images, logits: Tensor, picture: Path, most: int = 40)
         pixels = images.pixels[i].permute(1, 2, 0)
         axes.imshow((pixels[..., 0] if pixels.shape[2] == 1 else pixels).numpy(), cmap="gray")
         axes.set_title(f"{images.classes[images.labels[i]]} → {images.classes[predicted[i]]}", fontsize=8)
-    _save(figure, picture)
+    save_figure(figure, picture)
     return len(wrong)

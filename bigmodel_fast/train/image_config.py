@@ -6,6 +6,7 @@ from typing import Any
 from ..data import Augment
 from ..models.mlp import ACTIVATIONS
 from .errors import ConfigError
+from .settings import nested
 
 
 @dataclass
@@ -106,8 +107,7 @@ class ImageTrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ImageTrainConfig":
         """From nested dictionaries, as the command's parser gives them; keys left out have their defaults."""
-        groups: dict[str, Any] = {"augment": Distortions, "mlp": MLPShape, "vit": ViTShape}
-        return cls(**{key: groups[key](**value) if key in groups else value for key, value in values.items()})
+        return nested(cls, values)
 
     def check(self) -> None:
         """ConfigError, naming the key, for the first setting that cannot work."""

@@ -44,20 +44,21 @@ class MetricsLog:
         values = asdict(step)
         for name in ("progress", "left"):
             del values[name]
-        self._write(values, "train")
+        self.write(values, "train")
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Validation loss, perplexity and bits per byte."""
         values = asdict(evaluation)
         values["validation_loss"] = values.pop("loss")
-        self._write(values, "validation")
+        self.write(values, "validation")
 
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
 
-    def _write(self, values: dict[str, float], group: str) -> None:
+    def write(self, values: dict[str, float], group: str) -> None:
+        """Numbers by name, "step" among them; `group` is where TensorBoard shows them."""
         self._file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in values.items()}) + "\n")
         self._file.flush()  # whoever follows the file sees each step
         if self._board is not None:
@@ -91,7 +92,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="#9db8d9", linewidth=1, label="training, each step")
-        axes.plot(steps, _smoothed(losses), color="#1f5fa8", linewidth=2, label="training, smoothed")
+        axes.plot(steps, smoothed(losses), color="#1f5fa8", linewidth=2, label="training, smoothed")
     if validation:
         steps, losses = zip(*validation, strict=True)
         axes.plot(steps, losses, color="#d1495b", linewidth=2, marker="o", markersize=4, label="validation")
@@ -117,7 +118,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     os.replace(unfinished, picture)
 
 
-def _smoothed(values: tuple[float, ...]) -> list[float]:
+def smoothed(values: tuple[float, ...]) -> list[float]:
     """Exponential average over a fortieth of the values (at least five), corrected for its start."""
     keep = 1 - 1 / max(5.0, len(values) / 40)
     average, weight, smoothed = 0.0, 0.0, []

@@ -6,6 +6,7 @@ import importlib.util
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +31,12 @@ from .errors import CheckpointError, ConfigError
 
 def require_packages(config: TrainConfig) -> None:
     """ModuleNotFoundError now, not after hours of training, for a package that this run needs later."""
-    needed = ["safetensors", "matplotlib", "yaml", *(["tensorboard"] if config.tensorboard else [])]
-    for name in needed:
+    require("safetensors", "matplotlib", "yaml", *(["tensorboard"] if config.tensorboard else []))
+
+
+def require(*packages: str) -> None:
+    """ModuleNotFoundError for the first package that is not installed."""
+    for name in packages:
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
@@ -88,7 +93,7 @@ def find_checkpoint(config: TrainConfig, ranks: Ranks, tell: Callable[[str], Non
     Raises:
         ConfigError, CheckpointError: it is not there, damaged, or would mix two runs in one folder.
     """
-    found = _find_checkpoint(config, tell) if ranks.first else None
+    found = find_own_checkpoint(config, tell) if ranks.first else None
     if config.resume == "never" or ranks.size == 1:
         ranks.wait()
         return found
@@ -114,7 +119,8 @@ def _of_first(found: Checkpoint | None, out: Path, ranks: Ranks) -> Checkpoint |
     return found if ranks.first or step < 0 else open_checkpoint(step_folder(out / "checkpoints", step))
 
 
-def _find_checkpoint(config: TrainConfig, tell: Callable[[str], None]) -> Checkpoint | None:
+def find_own_checkpoint(config: Any, tell: Callable[[str], None]) -> Checkpoint | None:
+    """As `find_checkpoint`, of a run of one rank; `config` has out_folder and resume."""
     out = config.out_folder
     present = checkpoint_folders(out)
     if config.resume == "never":

@@ -1,11 +1,13 @@
 #include "cpu/cross_entropy.h"
 
 #include "core/activation.h"
+#include "core/pack.h"
 
 namespace bmf::BMF_ISA {
 namespace {
 
-constexpr int64_t kBlock = 4096;  // logits: 16 KiB of float, half of the first-level cache
+constexpr int64_t kBlock = 4096;                  // logits: 16 KiB of float, half of the first-level cache
+constexpr int64_t kFewClasses = kBlock / kLanes;  // of which kLanes rows are looked at together, one in each lane
 
 template <bool kCapped>
 BMF_INLINE Vec cap(Vec x, float softcap, float inverse) {
@@ -47,23 +49,62 @@ RowSums sum_row(const T* x, int64_t classes, float softcap) {
   return {top, __builtin_logf(exp_sum), plain_sum};
 }
 
+// Where the row's target is not ignored.
+template <bool kCapped, bool kSum, class T>
+BMF_INLINE void store_loss(const CrossEntropyForwardArgs& args, int64_t row, const T* x, const RowSums& sums) {
+  const float inverse = kCapped ? 1.0f / args.softcap : 0.0f;
+  const float hit = cap<kCapped>(broadcast(to_float(x[args.target[row]])), args.softcap, inverse)[0];
+  float loss = sums.log_sum + (sums.top - hit);
+  if constexpr (kSum) loss += args.label_smoothing * (hit - sums.plain / static_cast<float>(args.classes));
+  args.loss[row] = loss;
+  args.lse[2 * row] = sums.top;
+  args.lse[2 * row + 1] = sums.log_sum;
+}
+
+BMF_INLINE bool ignore(const CrossEntropyForwardArgs& args, int64_t row) {
+  if (args.target[row] != args.ignore_index) return false;
+  args.loss[row] = args.lse[2 * row] = args.lse[2 * row + 1] = 0;
+  return true;
+}
+
+// A row of few classes is done before the sum over a register's lanes is: lanes are rows here, and squares of logits
+// are transposed on the way in.
+template <bool kCapped, bool kSum, class T>
+void forward_few_classes(const CrossEntropyForwardArgs& args, int64_t begin, int64_t end) {
+  const float inverse = kCapped ? 1.0f / args.softcap : 0.0f, infinity = __builtin_inff();
+  const T* logits = static_cast<const T*>(args.logits.data);
+  float z[kBlock];
+  for (int64_t row = begin; row < end; row += kLanes) {
+    const int rows = end - row < kLanes ? static_cast<int>(end - row) : kLanes;
+    Vec top = broadcast(-infinity), plain{}, exps{};
+    for_lanes(args.classes, [&](int64_t from, int classes) {
+      Vec square[kLanes];
+      for (int i = 0; i < kLanes; ++i)  // past the end, the last row again
+        square[i] = load_lanes(logits + (row + (i < rows ? i : rows - 1)) * args.logits.stride + from, classes);
+      transpose_units(square);
+      for (int i = 0; i < classes; ++i) {
+        const Vec v = cap<kCapped>(square[i], args.softcap, inverse);
+        store(z + (from + i) * kLanes, v);
+        top = max(v, top);
+        if constexpr (kSum) plain += v;
+      }
+    });
+    const Vec shift = select(top == -infinity, Vec{}, top);
+    for (int64_t i = 0; i < args.classes; ++i) exps += exp(load(z + i * kLanes) - shift);
+    for (int i = 0; i < rows; ++i)
+      if (!ignore(args, row + i))
+        store_loss<kCapped, kSum>(args, row + i, logits + (row + i) * args.logits.stride,
+                                  RowSums{top[i], __builtin_logf(exps[i]), plain[i]});
+  }
+}
+
 template <bool kCapped, bool kSum, class T>
 void forward_rows(const CrossEntropyForwardArgs& args, int64_t begin, int64_t end) {
-  const float inverse = kCapped ? 1.0f / args.softcap : 0.0f, smoothing = args.label_smoothing;
+  if (kLanes == 16 && args.classes <= kFewClasses) return forward_few_classes<kCapped, kSum, T>(args, begin, end);
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t target = args.target[row];
-    if (target == args.ignore_index) {
-      args.loss[row] = args.lse[2 * row] = args.lse[2 * row + 1] = 0;
-      continue;
-    }
     const T* x = static_cast<const T*>(args.logits.data) + row * args.logits.stride;
-    const auto [top, log_sum, plain] = sum_row<kCapped, kSum>(x, args.classes, args.softcap);
-    const float hit = cap<kCapped>(broadcast(to_float(x[target])), args.softcap, inverse)[0];
-    float loss = log_sum + (top - hit);
-    if constexpr (kSum) loss += smoothing * (hit - plain / static_cast<float>(args.classes));
-    args.loss[row] = loss;
-    args.lse[2 * row] = top;
-    args.lse[2 * row + 1] = log_sum;
+    if (!ignore(args, row))
+      store_loss<kCapped, kSum>(args, row, x, sum_row<kCapped, kSum>(x, args.classes, args.softcap));
   }
 }
 

@@ -57,14 +57,20 @@ class FewRows {
 template <class W>
 void multiply_few_rows(const FewRows& x, const MatrixView<W>& w, int64_t col, int64_t cols, int64_t k, float* sums) {
   for (int64_t c = 0; c < cols; c += kGroupColumns) {
-    const W* weight[kGroupColumns];
-    for (int j = 0; j < kGroupColumns; ++j) weight[j] = w.at(col + smaller(c + j, cols - 1), 0);
+    const W *weight[kGroupColumns], *next[kGroupColumns];  // the rows of this group, and of the one after it
+    for (int j = 0; j < kGroupColumns; ++j) {
+      weight[j] = w.at(col + smaller(c + j, cols - 1), 0);
+      next[j] = w.at(col + smaller(c + kGroupColumns + j, cols - 1), 0);
+    }
     for (int64_t r = 0; r < x.rows(); r += kGroupRows) {
       Vec acc[kLanes] = {};
       for_lanes(k, [&](int64_t i, int lanes) {
         Vec column[kGroupColumns];
 #pragma GCC unroll 4
-        for (int j = 0; j < kGroupColumns; ++j) column[j] = load_lanes(weight[j] + i, lanes);
+        for (int j = 0; j < kGroupColumns; ++j) {
+          column[j] = load_lanes(weight[j] + i, lanes);
+          if (r == 0) __builtin_prefetch(next[j] + i);
+        }
 #pragma GCC unroll 4
         for (int g = 0; g < kGroupRows; ++g) {
           const Vec row = load(x.row(r + g) + i);
@@ -164,6 +170,7 @@ void multiply_few_rows_across(const FewRows& g, const MatrixView<W>& w, int64_t 
                               float* sums) {
   constexpr int64_t kSummed = 256;  // rows of W in one sum: sums of blocks round off less than one long sum
   constexpr int kRowsAtOnce = 4;
+  constexpr int64_t kAhead = 16;  // rows of W: their lines are too far apart for the hardware to foresee
   for (int64_t r = 0; r < m; r += kRowsAtOnce) {
     const float* rows[kRowsAtOnce];
     for (int i = 0; i < kRowsAtOnce; ++i) rows[i] = g.row(smaller(r + i, m - 1));
@@ -173,6 +180,7 @@ void multiply_few_rows_across(const FewRows& g, const MatrixView<W>& w, int64_t 
       auto add = [&](int64_t i, const auto& load_weight) {
 #pragma GCC unroll 4
         for (int v = 0; v < kPanelVecs; ++v) {
+          if (r == 0) __builtin_prefetch(w.at(i + kAhead, col + v * kLanes));
           const Vec weight = load_weight(w.at(i, col + v * kLanes), v);
 #pragma GCC unroll 4
           for (int j = 0; j < kRowsAtOnce; ++j) acc[j][v] = fma(broadcast(rows[j][i]), weight, acc[j][v]);
@@ -253,6 +261,31 @@ inline void column_sums(const Threads& threads, const MatrixView<T>& g, int64_t 
   });
 }
 
+// dW = g^T x of few rows: every element is written once, straight from its sum, and nothing is packed.
+template <class X, class W>
+inline void few_rows_wgrad(const Threads& threads, const MatrixView<X>& g, const MatrixView<X>& x, W* dw, int64_t m,
+                           int64_t n, int64_t k) {
+  constexpr int kRowsAtOnce = 4;  // of dW
+  const FewRows rows(x, m, k);
+  parallel_ranges(threads, n, row_grain(k), [&](int64_t begin, int64_t end, int) {
+    for (int64_t first = begin; first < end; first += kRowsAtOnce) {
+      float factor[kFewRows][kRowsAtOnce];
+      const int here = static_cast<int>(smaller(kRowsAtOnce, end - first));
+      for (int64_t r = 0; r < m; ++r)
+        for (int j = 0; j < kRowsAtOnce; ++j) factor[r][j] = j < here ? to_float(*g.at(r, first + j)) : 0.0f;
+      for_lanes(k, [&](int64_t c, int lanes) {
+        Vec total[kRowsAtOnce] = {};
+        for (int64_t r = 0; r < m; ++r) {
+          const Vec v = load(rows.row(r) + c);
+#pragma GCC unroll 4
+          for (int j = 0; j < kRowsAtOnce; ++j) total[j] = fma(broadcast(factor[r][j]), v, total[j]);
+        }
+        for (int j = 0; j < here; ++j) store_lanes(dw + (first + j) * k + c, total[j], lanes);
+      });
+    }
+  });
+}
+
 // dW = g^T x with g in panels, as (x^T g)^T: what is transposed on the way in is x.
 template <class Mode, class X, class W>
 inline void dense_wgrad(const Threads& threads, const OperandB<Mode>& g, const MatrixView<X>& x, W* dw, int64_t m,
@@ -276,8 +309,9 @@ inline void dense_wgrad(const Threads& threads, const MatrixView<X>& g, const Op
 template <class Mode, class X, class W>
 inline void dense_wgrad(const Threads& threads, const MatrixView<X>& g, const MatrixView<X>& x, W* dw, float* db,
                         int64_t m, int64_t n, int64_t k) {
-  if (dw == nullptr || n <= k) {
+  if (dw == nullptr || n <= k || m <= kFewRows) {
     if (db) column_sums(threads, g, m, n, db);
+    if (dw && m <= kFewRows) return few_rows_wgrad(threads, g, x, dw, m, n, k);
     if (dw) dense_wgrad<Mode>(threads, g, OperandB<Mode>(threads, m, k, x), dw, m, n, k);
     return;
   }
@@ -319,20 +353,20 @@ inline void activation_backward(const Threads& threads, const T* dy, const T* pr
 }
 
 // What backward makes of a hidden layer, [m, f], in the epilogue of the product that gives the gradient of its output:
-// rows for dgrad, panels for wgrad, sums of columns for the bias; each only if it is wanted.
+// rows for dgrad, panels for wgrad (rows again if they are few), sums of columns for the bias; each only if wanted.
 template <class Mode, class X>
 class HiddenOperand {
  public:
-  HiddenOperand(int64_t m, int64_t f, bool rows, bool panels, bool sums = false)
+  HiddenOperand(int64_t m, int64_t f, bool dgrad, bool wgrad, bool sums = false)
       : m_(m),
         f_(f),
         stride_(ceil_div(f, kPanel) * kPanel),
-        has_rows_(rows),
-        has_panels_(panels),
+        has_rows_(dgrad || (wgrad && m <= kFewRows)),
+        has_panels_(wgrad && m > kFewRows),
         has_sums_(sums),
-        rows_(rows ? m * f * static_cast<int64_t>(sizeof(X)) : 0),
+        rows_(has_rows_ ? m * f * static_cast<int64_t>(sizeof(X)) : 0),
         sums_(sums ? ceil_div(m, kStep) * stride_ * 4 : 0),
-        panels_(panels ? m : 0, f) {}
+        panels_(has_panels_ ? m : 0, f) {}
 
   // Two neighbouring rows, the first of them even, and `lanes` columns from a multiple of kLanes on.
   BMF_INLINE void store_pair(int64_t row, int64_t col, int lanes, Vec first, Vec second) const {
@@ -364,6 +398,22 @@ class HiddenOperand {
   Scratch rows_, sums_;
   OperandB<Mode> panels_;
 };
+
+// dW [f, k] = g^T x of a hidden layer's gradient g.
+template <class Mode, class X, class W>
+inline void hidden_wgrad(const Threads& threads, const HiddenOperand<Mode, X>& g, const MatrixView<X>& x, W* dw,
+                         int64_t m, int64_t f, int64_t k) {
+  if (m <= kFewRows) return few_rows_wgrad(threads, g.rows(), x, dw, m, f, k);
+  dense_wgrad<Mode>(threads, g.panels(), x, dw, m, f, k);
+}
+
+// dW [n, f] = g^T h of a hidden layer h.
+template <class Mode, class X, class W>
+inline void wgrad_of_hidden(const Threads& threads, const MatrixView<X>& g, const HiddenOperand<Mode, X>& h, W* dw,
+                            int64_t m, int64_t n, int64_t f) {
+  if (m <= kFewRows) return few_rows_wgrad(threads, g, h.rows(), dw, m, n, f);
+  dense_wgrad<Mode>(threads, g, h.panels(), dw, m, n, f);
+}
 
 // f(row, col, lanes, sums of row, sums of row + 1) for each register of each pair of rows of a tile; the second are
 // zero if there is no such row.

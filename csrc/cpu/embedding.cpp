@@ -4,15 +4,27 @@
 #include "core/simd.h"
 
 namespace bmf::BMF_ISA {
+namespace {
+
+constexpr int64_t kAhead = 4;  // rows asked for before they are copied: they follow no order that hardware would see
+
+}  // namespace
 
 void embedding_forward(const EmbeddingArgs& args, const Threads& threads) {
   with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
     const T* weight = static_cast<const T*>(args.weight.data);
     T* out = static_cast<T*>(args.out);
+    const int64_t bytes = args.width * static_cast<int64_t>(sizeof(T));
+    const auto row = [&](int64_t i) {
+      return reinterpret_cast<const char*>(weight + args.token[i] * args.weight.stride);
+    };
     parallel_ranges(threads, args.tokens, row_grain(args.width), [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i)
-        __builtin_memcpy(out + i * args.width, weight + args.token[i] * args.weight.stride, args.width * sizeof(T));
+      for (int64_t i = begin; i < end; ++i) {
+        if (i + kAhead < end)
+          for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row(i + kAhead) + at, 0, 2);
+        __builtin_memcpy(out + i * args.width, row(i), static_cast<size_t>(bytes));
+      }
     });
   });
 }

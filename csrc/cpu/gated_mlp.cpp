@@ -95,15 +95,28 @@ void gated_mlp_backward(const GatedMlpBwdArgs& a, const Threads& threads) {
         });
       });
     });
-    if (a.dw_down) dense_wgrad<Mode>(threads, dy, h.panels(), static_cast<W*>(a.dw_down), m, a.n, f);
-    if (a.dw_gate) dense_wgrad<Mode>(threads, dgate.panels(), x, static_cast<W*>(a.dw_gate), m, f, a.k);
-    if (a.dw_up) dense_wgrad<Mode>(threads, dup.panels(), x, static_cast<W*>(a.dw_up), m, f, a.k);
-    if (a.dx) {
+    if (a.dw_down) wgrad_of_hidden(threads, dy, h, static_cast<W*>(a.dw_down), m, a.n, f);
+    if (a.dw_gate) hidden_wgrad(threads, dgate, x, static_cast<W*>(a.dw_gate), m, f, a.k);
+    if (a.dw_up) hidden_wgrad(threads, dup, x, static_cast<W*>(a.dw_up), m, f, a.k);
+    const StoreTile<X> store_dx{static_cast<X*>(a.dx), a.k, a.k};
+    if (a.dx && m <= kFewRows && !weights_held(a.w_gate)) {
+      const FewRows gate_rows(dgate.rows(), m, f), up_rows(dup.rows(), m, f);
+      parallel_tasks(threads, ceil_div(a.k, kPanel), [&](int64_t panel, int) {
+        float sums[kFewRows * Tile::stride], more[kFewRows * Tile::stride];
+        const int64_t col = panel * kPanel, cols = smaller(kPanel, a.k - col);
+        multiply_few_rows_across(gate_rows, w_gate, m, f, col, cols, sums);
+        multiply_few_rows_across(up_rows, w_up, m, f, col, cols, more);
+        for (int64_t r = 0; r < m; ++r)
+          for (int64_t c = r * Tile::stride; c < r * Tile::stride + kPanel; c += kLanes)
+            store(sums + c, load(sums + c) + load(more + c));
+        store_dx(Tile{0, m, panel, 1, sums});
+      });
+    } else if (a.dx) {
       const OperandB<Mode> gate_panels = OperandB<Mode>::of_weights(threads, f, a.k, w_gate);
       const OperandB<Mode> up_panels = OperandB<Mode>::of_weights(threads, f, a.k, w_up);
       const OperandA<Mode> gate_rows(threads, dgate.rows(), m, f), up_rows(threads, dup.rows(), m, f);
       const Product<Mode> products[] = {{&gate_rows, &gate_panels}, {&up_rows, &up_panels}};
-      gemm<Mode>(threads, m, products, 2, 1, StoreTile<X>{static_cast<X*>(a.dx), a.k, a.k});
+      gemm<Mode>(threads, m, products, 2, 1, store_dx);
     }
   });
 }

@@ -52,8 +52,8 @@ void mlp_backward(const MlpBwdArgs& a, const Threads& threads) {
     });
     if (a.db2) column_sums(threads, dy, m, a.n, a.db2);
     if (a.db1) dpre.add_sums(threads, a.db1);
-    if (a.dw2) dense_wgrad<Mode>(threads, dy, h.panels(), static_cast<W*>(a.dw2), m, a.n, f);
-    if (a.dw1) dense_wgrad<Mode>(threads, dpre.panels(), x, static_cast<W*>(a.dw1), m, f, a.k);
+    if (a.dw2) wgrad_of_hidden(threads, dy, h, static_cast<W*>(a.dw2), m, a.n, f);
+    if (a.dw1) hidden_wgrad(threads, dpre, x, static_cast<W*>(a.dw1), m, f, a.k);
     if (a.dx) dense_dgrad<Mode>(threads, dpre.rows(), w1, static_cast<X*>(a.dx), m, f, a.k);
   });
 }

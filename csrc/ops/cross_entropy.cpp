@@ -30,8 +30,9 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor&
   args.lse = static_cast<float*>(lse.data_ptr());
   cross_entropy_forward(args, torch_threads());
   if (reduction == "none") return {losses, lse};
-  double loss = 0;
-  for (int64_t i = 0; i < args.rows; ++i) loss += args.loss[i];
+  double sums[4] = {};
+  for (int64_t i = 0; i < args.rows; ++i) sums[i % 4] += args.loss[i];
+  double loss = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   if (reduction == "mean") loss /= static_cast<double>(count_used(t, ignore_index));
   const Tensor reduced = empty({}, ScalarType::Float, logits);
   *static_cast<float*>(reduced.data_ptr()) = static_cast<float>(loss);

@@ -116,7 +116,8 @@ int main() {
   for_each_isa([&](const Threads& threads) {
     for (const Options& options : kOptions) {
       for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16})
-        for (const auto& [rows, classes] : {std::pair{1, 1}, {7, 3}, {5, 67}, {40, 1000}, {4, 9000}, {0, 5}})
+        for (const auto& [rows, classes] :
+             {std::pair{1, 1}, {7, 3}, {5, 67}, {83, 65}, {33, 257}, {40, 1000}, {4, 9000}, {0, 5}})
           check_cross_entropy(threads, rows, classes, dtype, options);
       for (const auto& [x, weight] : {std::pair{Dtype::float32, Dtype::float32},
                                       {Dtype::bfloat16, Dtype::float32},

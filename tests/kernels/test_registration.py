@@ -11,7 +11,8 @@ from specs import all_specs, case_id
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bigmodel_fast as bmf
-from bigmodel_fast.ops import _triton
+from bigmodel_fast import _dispatch
+from bigmodel_fast.ops import _cuda, _triton
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 each_spec = pytest.mark.parametrize("spec", all_specs(), ids=case_id)
@@ -66,3 +67,40 @@ def test_wide_heads_take_the_reference_on_a_gpu() -> None:
             bmf.ops.attention(q, q, q)
     reasons = {call.reason for call in bmf.explain(reset=True).calls}
     assert reasons == {"no kernel for a head dimension of 136", "no kernel for a head dimension of 264"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "path", "reason"),
+    [(torch.bfloat16, "native", ""), (torch.float16, "native", ""), (torch.float32, "reference", "no CUDA C++ kernel")],
+    ids=case_id,
+)
+def test_the_cuda_kernels_run_where_they_are_forced(dtype: torch.dtype, path: str, reason: str, monkeypatch) -> None:
+    """And only there, in a build that has them."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(_dispatch, "_native_cuda", {"attention"})
+    taken = {}
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 8, 16, dtype=dtype, device="cuda")
+        for backend in (None, "native", "reference"):
+            bmf.explain(reset=True)
+            with _dispatch.forcing(backend):
+                bmf.ops.attention(q, q, q)
+            (taken[backend],) = bmf.explain(reset=True).calls
+    assert taken[None].path == "triton"
+    assert taken["reference"].path == "reference"
+    assert taken["native"].path == path
+    assert taken["native"].reason.startswith(reason)
+
+
+def test_the_forced_launch_goes_to_the_cuda_kernel(monkeypatch) -> None:
+    monkeypatch.setattr(_dispatch, "_native_cuda", {"attention"})
+    monkeypatch.setattr(_cuda, "launch", lambda *arguments: arguments)
+    with _dispatch.forcing("native"):
+        assert _triton._late("attention", "attention_bwd")(1, 2) == ("attention_bwd", 1, 2)
+
+
+@pytest.mark.skipif(not _cuda.BUILT, reason="needs a build with BMF_CUDA_ARCHS")
+def test_a_build_with_cuda_kernels_registers_them() -> None:
+    for name in ("attention_fwd_cuda", "attention_bwd_cuda"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bigmodel_fast::{name}", "CUDA")
+    assert {"attention", "attention_varlen"} <= _dispatch._native_cuda

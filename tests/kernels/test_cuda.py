@@ -1,0 +1,113 @@
+"""What nvcc makes of csrc/cuda: no kernel spills but one, and products run on tensor cores.
+
+By default a kernel file for each of sm_80 and sm_90a; `BMF_COMPILE_ALL=1` compiles all files for both. Needs nvcc on
+PATH, and for the machine code cuobjdump: the toolkit's, or that of triton.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NVCC = shutil.which("nvcc")
+EVERYTHING = bool(os.environ.get("BMF_COMPILE_ALL"))
+KERNELS = {  # how many of each name: dtypes, head dimensions, and whether they have all features
+    "attention_forward": {"attention_forward_kernel": 2 * 3 * 2},
+    "attention_backward": {
+        "attention_terms_kernel": 2,
+        "attention_query_gradient_kernel": 2 * 3 * 2,
+        "attention_key_gradients_kernel": 2 * 3 * 2,
+        "attention_bias_gradient_kernel": 2 * 3,
+    },
+}
+# The one that is known to spill, and how many bytes at most: dK and dV of heads wider than 128 with all features.
+SPILLING = {"sm_90a": (re.compile(r"attention_key_gradients_kernel\w+Li256ELb1E"), 40)}
+TARGETS = [
+    (stem, arch)
+    for stem, by_default in (("attention_forward", "sm_90a"), ("attention_backward", "sm_80"))
+    for arch in ("sm_80", "sm_90a")
+    if EVERYTHING or arch == by_default
+]
+PROPERTIES = re.compile(
+    r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+"
+    r"ptxas info\s+: Used (\d+) registers"
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NVCC is None or not (ROOT / "csrc").is_dir(), reason="needs nvcc and the source tree"),
+]
+
+
+class Kernel(NamedTuple):
+    name: str
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    registers: int
+
+
+class Compiled(NamedTuple):
+    stem: str
+    arch: str
+    binary: Path
+    kernels: list[Kernel]
+
+
+@pytest.fixture(scope="module", params=TARGETS, ids="-".join)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    stem, arch = request.param
+    binary = tmp_path_factory.mktemp("cubin") / f"{stem}.cubin"
+    options = ["-std=c++20", "-O3", f"-arch={arch}", "-Icsrc", "-Xptxas", "-v", "-Werror", "all-warnings"]
+    run = subprocess.run(
+        [str(NVCC), *options, "-cubin", "-o", str(binary), f"csrc/cuda/{stem}.cu"],
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = PROPERTIES.findall(run.stdout + run.stderr)
+    return Compiled(stem, arch, binary, [Kernel(name, *map(int, numbers)) for name, *numbers in found])
+
+
+def test_every_kernel_is_compiled(compiled: Compiled) -> None:
+    for name, count in KERNELS[compiled.stem].items():
+        assert sum(name in kernel.name for kernel in compiled.kernels) == count, name
+    assert len(compiled.kernels) == sum(KERNELS[compiled.stem].values())
+
+
+def test_nothing_is_spilled(compiled: Compiled) -> None:
+    spilled = [k for k in compiled.kernels if k.stack or k.spill_stores or k.spill_loads]
+    name, most = SPILLING.get(compiled.arch, (re.compile("$^"), 0))
+    assert [k for k in spilled if not name.search(k.name) or max(k.stack, k.spill_stores, k.spill_loads) > most] == []
+    assert all(0 < kernel.registers <= 255 for kernel in compiled.kernels)
+
+
+def cuobjdump() -> str | None:
+    folders = [os.environ.get("PATH", ""), os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    return shutil.which("cuobjdump", path=os.pathsep.join(folders))
+
+
+def test_products_run_on_tensor_cores(compiled: Compiled) -> None:
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("needs cuobjdump")
+    text = subprocess.run([tool, "-sass", str(compiled.binary)], capture_output=True, text=True, check=True).stdout
+    code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", text, re.DOTALL))
+    assert code.keys() == {kernel.name for kernel in compiled.kernels}
+    for name, instructions in code.items():
+        if "attention_terms_kernel" in name:  # has no product
+            continue
+        product = "HMMA.16816.F32.BF16" if "4bf16" in name else r"HMMA.16816.F32 "
+        fragments = [r"LDSM\.16\.M88\.4 "]
+        if "bias_gradient" not in name:  # whose products are by transposed tiles only
+            fragments.append(r"LDSM\.16\.MT88\.4 ")
+        for used in (product, *fragments, r"LDGSTS\.E"):  # LDGSTS: tiles come asynchronously
+            assert re.search(used, instructions), (name, used)
