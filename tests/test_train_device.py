@@ -14,6 +14,7 @@ from bigmodel_fast.train import ConfigError, TrainConfig, Trainer, TrainError, l
 from bigmodel_fast.train.errors import is_out_of_memory
 from bigmodel_fast.train.objectives import causal
 from bigmodel_fast.train.passes import Feed
+from bigmodel_fast.train.state import smaller_passes
 
 needs_compiler = pytest.mark.skipif(cannot_compile("cpu") is not None, reason="there is no C++ compiler")
 
@@ -39,8 +40,8 @@ def copying(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     events: list[str] = []
     initialise = Feed.__init__
 
-    def copies(self, batches, device) -> None:
-        initialise(self, batches, device)
+    def copies(self, *args) -> None:
+        initialise(self, *args)
         self._copies = "a stream"
 
     monkeypatch.setattr(Feed, "__init__", copies)
@@ -247,7 +248,7 @@ def test_an_allocation_that_the_system_refuses_is_known() -> None:
     ],
 )
 def test_smaller_passes_keep_the_tokens_of_a_step(batch: int, words: str, settings) -> None:
-    assert words in Trainer(settings(optim={"batch": batch, "accumulation": 3}))._smaller_passes()
+    assert words in smaller_passes(settings(optim={"batch": batch, "accumulation": 3}))
 
 
 def test_a_model_that_does_not_fit_is_one_line(settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +271,8 @@ def test_other_passes_of_another_step_are_another_run(settings) -> None:
 # ---- what is left behind ----
 
 
-def test_the_picture_is_drawn_at_each_save(settings) -> None:
+def test_the_picture_is_drawn_at_each_save_but_not_all_the_time(settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "DRAW_SECONDS", 0.0)
     config = settings(save_every=3)
     picture = config.out_folder / "loss.png"
     drawn = []
@@ -283,6 +285,10 @@ def test_the_picture_is_drawn_at_each_save(settings) -> None:
     assert drawn[:3] == [False] * 3
     assert drawn[3] == drawn[4] == drawn[5] != drawn[6]
     assert picture.stat().st_mtime_ns > drawn[7]
+    monkeypatch.setattr(loop, "DRAW_SECONDS", 60.0)
+    drawn.clear()
+    pretrain(settings(steps=12, save_every=2, resume="auto"), Looking(0, fail))
+    assert len(set(drawn)) == 1
 
 
 def test_a_picture_that_cannot_be_drawn_ends_nothing(settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import ConfigError
 
@@ -93,14 +93,6 @@ class Ranks:
         parts = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(parts, mine)
         return [part.numpy().tobytes() for part in parts]
-
-    # ---- batches ----
-
-    def rows(self, batch: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], int]:
-        """This rank's rows of a batch of all ranks, and how many; where there are too few, row 0, and none counts."""
-        count = len(batch[0])
-        begin, end = self.rank * count // self.size, (self.rank + 1) * count // self.size
-        return tuple(t[begin:end] if end > begin else t[:1] for t in batch), end - begin
 
     # ---- models ----
 

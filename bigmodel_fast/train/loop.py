@@ -5,6 +5,7 @@ schedule and random numbers are in the checkpoint. (Under a budget of minutes th
 that is cut into other passes than before is summed in another order.)
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -98,7 +99,7 @@ class Trainer:
         finally:
             self.report.prepared()
         self._byte_lengths = setup.byte_lengths(self.objective.tokenizer)
-        self.feed = Feed(self.objective.batches, self.device, self._rows)
+        self.feed = Feed(self.objective.batches, self.device, self._part)
         torch.manual_seed(config.seed)
         try:
             self.model = self.objective.build().to(self.device)
@@ -192,6 +193,8 @@ class Trainer:
     def _release(self) -> None:
         """Ends what goes on beside the training, and gives the folder free."""
         if (saver := getattr(self, "_saver", None)) is not None:
+            with contextlib.suppress(OSError):  # something else has ended the run
+                self._note_saved(saver.wait())
             saver.close()
         if (log := getattr(self, "_log", None)) is not None:
             log.close()
@@ -282,20 +285,20 @@ class Trainer:
             self._log.rewind(self.step)
         self.report.message(f"step {step}: {BAD_STEPS} bad steps; back to {before.path}, past the data since")
 
-    def _rows(self, batch: Batch) -> Batch:
-        """This rank's rows, and what their loss counts in a sum that is divided by the number of ranks."""
+    def _part(self, batch: Batch) -> Batch:
+        """What this rank takes of a batch, and the weight of its loss in a mean over the ranks."""
         if self.ranks.size == 1:
             return batch
-        mine, count = self.ranks.rows(batch)
+        mine = self.objective.part(self.ranks.rank, self.ranks.size, *batch)
         share = self.objective.targets(*mine).numel() / max(1, self.objective.targets(*batch).numel())
         share *= self.ranks.size * float(self.objective.share(*batch))
-        return (*mine, torch.tensor(share if count else 0.0))
+        return (*mine, torch.tensor(share))
 
     def _run_pass(self, *batch: Tensor) -> Tensor:
         """Adds the gradients of a pass to those there are; its share of the step's loss."""
         share: float | Tensor
         if self.ranks.size > 1:
-            batch, share = batch[:-1], batch[-1]  # see _rows
+            batch, share = batch[:-1], batch[-1]  # see _part
         else:
             share = self.objective.share(*batch)
         part = self._loss(self._forward, batch) * share

@@ -70,3 +70,8 @@ class Objective(ABC):
     def share(self, *batch: Tensor) -> float | Tensor:
         """How much of its step's targets a batch has; a step's loss is the sum of losses times shares."""
         return 1 / self.config.optim.accumulation
+
+    def part(self, rank: int, ranks: int, *batch: Tensor) -> Batch:
+        """What a rank takes of a batch that is for all of them: its rows, here; of as many for each."""
+        rows = len(batch[0]) // ranks
+        return tuple(t[rank * rows : (rank + 1) * rows] for t in batch)

@@ -63,6 +63,13 @@ class Seq2Seq(Objective):
     def share(self, *batch: Tensor) -> Tensor:
         return batch[5]
 
+    def part(self, rank: int, ranks: int, *batch: Tensor) -> Batch:
+        """Every so many-th pair, for they are sorted by length."""
+        source, source_starts, target, target_starts, labels, share = batch
+        chosen = range(rank, len(source_starts) - 1, ranks)
+        mine = [_pick(t, s, chosen) for t, s in ((source, source_starts), (target, target_starts))]
+        return *mine[0], *mine[1], _pick(labels, target_starts, chosen)[0], share
+
     def flops_per_token(self, model: nn.Module) -> float:
         assert isinstance(model, Transformer)
         source, target = (float(np.mean(n)) for n in (self.train.source_lengths, self.train.target_lengths))
@@ -71,3 +78,10 @@ class Seq2Seq(Objective):
 
 def _tokens(pairs: Pairs) -> int:
     return len(pairs.source) + len(pairs.target)
+
+
+def _pick(tokens: Tensor, starts: Tensor, chosen: range) -> tuple[Tensor, Tensor]:
+    """Some of the sentences that lie one after the other: their tokens, and where each begins."""
+    parts = [tokens[starts[i] : starts[i + 1]] for i in chosen]
+    begins = torch.tensor([0, *(len(part) for part in parts)], dtype=starts.dtype).cumsum(0, dtype=starts.dtype)
+    return torch.cat(parts), begins
