@@ -316,7 +316,7 @@ def test_a_metrics_file_that_cannot_be_written_ends_the_run(settings, monkeypatc
     def full(self, values, group) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("bigmodel_fast.train.metrics.MetricsLog._write", full)
+    monkeypatch.setattr("bigmodel_fast.train.metrics.MetricsLog.write", full)
     with pytest.raises(TrainError, match=r"No space left on device.*nothing was saved before"):
         pretrain(settings())
 
