@@ -300,9 +300,13 @@ def test_ctrl_c_ends_an_epoch_between_two_steps() -> None:
     optimizer = ADAMW(model.parameters(), lr=1e-3)
     trainer = MLPTrainer(model, optimizer=optimizer)
     order = torch.randint(4000, (2_000_000,))  # half a minute
-    threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,)).start()
-    with pytest.raises(KeyboardInterrupt):
-        trainer.epoch(ArrayLoader(x, y), order=order)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,)).start()
+        with pytest.raises(KeyboardInterrupt):
+            trainer.epoch(ArrayLoader(x, y), order=order)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert 0 < int(optimizer.state[model[0].weight]["step"]) < len(order) // 64
     assert all(p.isfinite().all() for p in model.parameters())
 
