@@ -263,6 +263,12 @@ def test_smaller_passes_keep_the_tokens_of_a_step(batch: int, words: str) -> Non
     assert words in smaller_passes(batch, 3, "a smaller model")
 
 
+def test_one_sequence_that_does_not_fit_may_have_its_layers_recomputed(settings) -> None:
+    for recompute, words in ((False, "a pass; take --recompute, or lower --model"), (True, "a pass; lower --model")):
+        trainer = Trainer(settings(str(recompute), {"batch": 1}, recompute=recompute))
+        assert words in trainer._less_memory()
+
+
 def test_a_model_that_does_not_fit_is_one_line(settings, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(config):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")

@@ -389,11 +389,8 @@ class Trainer:
             self.report.message(f"loss.png could not be drawn: {' '.join(str(error).split())}")
 
     def _less_memory(self) -> str:
-        o = self.config.optim
-        smaller = "lower --model.context, --model.layers or --model.width"
-        return smaller_passes(
-            o.batch, o.accumulation, smaller if self.config.recompute else f"--recompute, or {smaller}"
-        )
+        o, again = self.config.optim, "" if self.config.recompute else "take --recompute, or "
+        return smaller_passes(o.batch, o.accumulation, f"{again}lower --model.context, --model.layers or --model.width")
 
     def _what_is_saved(self) -> str:
         return f"; the last good checkpoint is {self.checkpoint}" if self.checkpoint else "; nothing was saved before"
