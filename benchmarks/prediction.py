@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bigmodel_fast.models import GPT, GPTConfig
+from bigmodel_fast.models import (
+    BERT,
+    GPT,
+    BERTConfig,
+    GPTConfig,
+    Transformer,
+    TransformerConfig,
+    pack,
+    recompute_layers,
+)
 from bigmodel_fast.optim import AdamW
 from bigmodel_fast.plan import Hardware, Shape, Step, memory, step_seconds
 from bigmodel_fast.plan.measure import measure
@@ -26,28 +35,37 @@ if TYPE_CHECKING:
 
 MEMORY_OFF, TIME_OFF = 0.15, 0.25  # how far a prediction may be from what is measured, as a share of it
 STEPS_OF_MEMORY = 3  # the pools are as full after the second as they ever get
+PREDICTED = 0.15  # share of a BERT's tokens
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A training step to be predicted: the model, its batch and its dtype."""
+    """A training step to be predicted: the model, its batch and its dtype.
 
-    config: GPTConfig
+    Sequences fill the context; pairs have as many tokens as it on both sides together.
+    """
+
+    config: GPTConfig | BERTConfig | TransformerConfig
     batch: int
     dtype: str  # "bf16" (autocast with float32 weights) or "fp32"
+    recompute: bool = False
 
     @property
     def name(self) -> str:
         c = self.config
+        kind = c.layout if isinstance(c, GPTConfig) else type(c).__name__.removesuffix("Config")
         return (
-            f"{c.layout}, {c.layers} layers, {c.width} wide, vocabulary {c.vocab_size}, "
-            f"{self.batch}x{c.context} tokens, {self.dtype}"
+            f"{kind}, {c.layers} layers, {c.width} wide, vocabulary {c.vocab_size}, "
+            f"{self.batch}x{c.context} tokens, {self.dtype}{', --recompute' if self.recompute else ''}"
         )
 
 
-def _setup(layers: int, width: int, vocab_size: int, batch: int, context: int, dtype: str, **shape) -> Setup:
-    config = GPTConfig(vocab_size, context, layers, max(1, width // 64), width, **shape)
-    return Setup(config, batch, dtype)
+def _setup(
+    layers: int, width: int, vocab_size: int, batch: int, context: int, dtype: str,
+    model: type = GPTConfig, recompute: bool = False, **shape,
+) -> Setup:  # fmt: skip
+    config = model(vocab_size, context, layers, max(1, width // 64), width, **shape)
+    return Setup(config, batch, dtype, recompute)
 
 
 SETUPS = (
@@ -57,6 +75,12 @@ SETUPS = (
     _setup(8, 512, 16384, 1, 1024, "bf16", layout="modern"),
     _setup(4, 768, 50304, 4, 512, "bf16"),
     _setup(6, 768, 32000, 2, 1024, "fp32", layout="modern", kv_heads=4),
+    _setup(8, 384, 4096, 8, 256, "bf16", layout="modern", recompute=True),
+    _setup(4, 256, 2048, 8, 256, "fp32", BERTConfig),
+    _setup(6, 384, 8192, 16, 128, "bf16", BERTConfig),
+    _setup(8, 384, 4096, 16, 128, "bf16", BERTConfig, recompute=True),
+    _setup(3, 256, 8192, 128, 40, "bf16", TransformerConfig),
+    _setup(4, 256, 4096, 96, 48, "fp32", TransformerConfig, recompute=True),
 )
 TINY = _setup(1, 64, 260, 1, 16, "fp32")
 
@@ -64,20 +88,34 @@ TINY = _setup(1, 64, 260, 1, 16, "fp32")
 def make_step(setup: Setup) -> Callable[[], None]:
     """A function that makes a step as `pretrain` does: loss and gradients, clipping, AdamW."""
     torch.manual_seed(BENCH_SEED)
-    model = GPT(setup.config)
+    model, batch = model_and_batch(setup)
+    recompute_layers(model, setup.recompute)
     optimizer = AdamW(model.parameters(), lr=1e-4)
-    tokens = torch.randint(setup.config.vocab_size, (setup.batch, setup.config.context))
-    targets = tokens.roll(-1, 1)
 
     def step() -> None:
-        with autocast(setup.dtype, tokens.device):
-            loss = model(tokens, targets)
+        with autocast(setup.dtype, torch.device("cpu")):
+            loss = model(*batch)
         loss.backward()
         optimizer.clip_grad_norm(1.0)
         optimizer.step()
         optimizer.zero_grad()
 
     return step
+
+
+def model_and_batch(setup: Setup) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    """A model, and what its forward takes to make a loss."""
+    c, batch = setup.config, setup.batch
+    tokens = torch.randint(c.vocab_size, (batch, c.context))
+    if isinstance(c, GPTConfig):
+        return GPT(c), (tokens, tokens.roll(-1, 1))
+    if isinstance(c, BERTConfig):
+        positions = torch.rand(tokens.shape).argsort(1)[:, : max(1, round(PREDICTED * c.context))]
+        return BERT(c), (tokens, positions, tokens.gather(1, positions))
+    lengths = [c.context // 4 + round(i * c.context / 2 / max(1, batch - 1)) for i in range(batch)]
+    sides = [[tokens[i, :length].tolist() for i, length in enumerate(order)] for order in (lengths, lengths[::-1])]
+    source, target = (pack(side) for side in sides)
+    return Transformer(c), (*source, *target, target[0].roll(-1))
 
 
 def measured_memory(setup: Setup, threads: int) -> int | None:
@@ -136,7 +174,8 @@ class Prediction:
 
 def predict(setup: Setup, hardware: Hardware) -> tuple[float, float]:
     """Bytes and seconds of a setup's step."""
-    shape, step = Shape.of(setup.config), Step(setup.batch, setup.config.context, setup.dtype)
+    shape = Shape.of(setup.config, PREDICTED)
+    step = Step(setup.batch, setup.config.context, setup.dtype, recompute=setup.recompute)
     seconds = step_seconds(shape, step, hardware.rates[setup.dtype], hardware.call)
     return memory(shape, step).peak, sum(seconds.values())
 

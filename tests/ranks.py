@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -173,18 +174,25 @@ def replicated(t: Any) -> torch.Tensor:
     return t.redistribute(placements=[Replicate()]) if isinstance(t, DTensor) else t
 
 
-def tensor_parallel() -> dict[str, Any]:
-    """Output and gradients of a layer split by heads and hidden units, beside the whole; what was communicated."""
+def tensor_parallel(fsdp: bool) -> dict[str, Any]:
+    """Output and gradients of a layer split by heads and hidden units, beside the whole; what was communicated.
+
+    Args:
+        fsdp: the split layer is given to fully_shard as well, on the other dimension of the mesh.
+    """
     register_sharding_rules()
     torch.manual_seed(0)
     plain = Layer(32, 4)
     split, x = copy.deepcopy(plain), torch.randn(2, 8, 32)
-    mesh = init_device_mesh("cpu", (2,))
+    grid = init_device_mesh("cpu", (1, 2), mesh_dim_names=("copies", "parts"))
+    mesh = grid["parts"]
     columns = ("out", "down", "second")
     for group in (split.weights, split.biases):
         for name, p in list(group.items()):
             placement = [Shard(1 if name in columns else 0)]
             group[name] = torch.nn.Parameter(distribute_tensor(p.detach(), mesh, placement))
+    if fsdp:
+        fully_shard(split, mesh=grid["copies"])
     inputs = x.clone().requires_grad_(), distribute_tensor(x, mesh, [Replicate()]).requires_grad_()
     bmf.explain(reset=True)
     with CommDebugMode() as communicated:
@@ -217,7 +225,7 @@ def rows(folder: Path) -> list:
 
 def main(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"optimizers": optimizers(), "recomputed": recomputed(), "syncs": syncs()}
-    found["tensor parallel"] = tensor_parallel()
+    found["tensor parallel"], found["tensor parallel, fsdp"] = tensor_parallel(False), tensor_parallel(True)
     found["rows"] = rows(folder)
     for parallel in PARALLEL:
         own = {"parallel": parallel}

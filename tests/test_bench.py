@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bigmodel_fast.benchmarks import engine, performance, regressions, report
+from bigmodel_fast.benchmarks import engine, performance, regressions, report, saving
 from bigmodel_fast.benchmarks.cases import COMPILE, DTYPES, EAGER, OURS, Benchmark, Case, OpBenchmark, normal
 from bigmodel_fast.benchmarks.devices import Cpu
 
@@ -384,3 +384,10 @@ def test_pytest_benchmark_collects_the_same_cases() -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=file.parent.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout
+
+
+def test_what_a_save_costs_is_measured_in_turns(settings) -> None:
+    seconds = saving.measured(settings(), blocks=4, steps=3)
+    assert {saves: len(times) for saves, times in seconds.items()} == {False: 2, True: 2}
+    steps = sorted(path.name for path in (settings().out_folder / "checkpoints").glob("step-*"))
+    assert steps == ["step-00000009", "step-00000015"]  # kept of three saves, each at its block's beginning

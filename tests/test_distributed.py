@@ -154,11 +154,12 @@ def test_layers_that_run_again_give_the_same_bits(runs) -> None:
 
 def test_operators_take_weights_split_by_heads_and_hidden_units(runs) -> None:
     for rank in runs[2]:
-        found = rank["tensor parallel"]
-        assert max(found["output"], found["input"], found["gradients"]) < 1e-4
-        assert found["placements"]
-        assert found["communicated"] == ["all_reduce"]  # nothing was gathered
-        assert found["paths"] == ["native"]
+        for name in ("tensor parallel", "tensor parallel, fsdp"):
+            found = rank[name]
+            assert max(found["output"], found["input"], found["gradients"]) < 1e-4
+            assert found["placements"]
+            assert found["paths"] == ["native"]
+        assert rank["tensor parallel"]["communicated"] == ["all_reduce"]  # nothing was gathered
 
 
 def test_gradients_are_averaged_once_a_step(runs) -> None:
@@ -169,12 +170,18 @@ def test_gradients_are_averaged_once_a_step(runs) -> None:
 # ---- commands ----
 
 
+def two_ranks(folder: Path, corpus: Path, command: list[str], steps: int) -> subprocess.Popen:
+    """A run of two ranks with the options of `command`, on a tiny model, in `folder`/run."""
+    options = ["--data", str(corpus), "--cache", str(folder / "cache"), "--tokenizer", "bytes", "--steps", str(steps)]
+    options += ["--save-every", "50", "--model.layers", "1", "--model.heads", "2", "--model.width", "32"]
+    options += ["--model.context", "16", "--optim.batch", "2", "--out", str(folder / "run")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *command, *options], env=environment(), **pipes)
+
+
 def launched(folder: Path, corpus: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "bigmodel_fast", "pretrain", "--launch", "2", "--out", str(folder / "run")]
-    command += ["--data", str(corpus), "--cache", str(folder / "cache"), "--tokenizer", "bytes", "--steps", "100000"]
-    command += ["--save-every", "50", "--model.layers", "1", "--model.heads", "2", "--model.width", "32"]
-    command += ["--model.context", "16", "--optim.batch", "2", "--log-every", "1", *more]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = ["-m", "bigmodel_fast", "pretrain", "--launch", "2", "--log-every", "1", *more]
+    return two_ranks(folder, corpus, command, steps=100_000)
 
 
 def until(process: subprocess.Popen, words: str) -> str:
@@ -216,6 +223,21 @@ def test_a_killed_rank_ends_the_others_and_sigterm_saves(corpus: Path, tmp_path:
     )
     assert load_checkpoint(tmp_path / "run").state["ranks"] == 2
     assert out.count("stopped after") == 1
+
+
+@pytest.mark.slow
+def test_torchrun_starts_all_again_when_a_rank_is_killed(corpus: Path, tmp_path: Path) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = [*torchrun, "-m", "bigmodel_fast", "pretrain", "--resume", "auto", "--log-every", "1"]
+    process = two_ranks(tmp_path, corpus, command, steps=600)
+    until(process, "saved ")
+    os.kill(children(process)[1], signal.SIGKILL)
+    heard = until(process, "resumed after step")
+    assert re.search(r"resumed after step [1-9]", heard)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error[-2000:]
+    assert "finished at step 600" in out
+    assert load_checkpoint(tmp_path / "run").state["ranks"] == 2
 
 
 def test_bad_settings_of_a_launch_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

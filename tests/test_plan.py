@@ -13,13 +13,22 @@ for package in ("jsonargparse", "rich", "matplotlib"):
 from bigmodel_fast.benchmarks import prediction, scaling  # noqa: E402
 
 from bigmodel_fast.cli import main  # noqa: E402
-from bigmodel_fast.models import GPT, GPTConfig  # noqa: E402
+from bigmodel_fast.models import (  # noqa: E402
+    BERT,
+    GPT,
+    BERTConfig,
+    GPTConfig,
+    Transformer,
+    TransformerConfig,
+    recompute_layers,
+)
 from bigmodel_fast.plan import Hardware, PlanConfig, Rate, Shape, Step, Work, cost, make_plan, memory, table  # noqa: E402
 from bigmodel_fast.plan.measure import fitted, measure  # noqa: E402
 from bigmodel_fast.plan.network import Network, ddp_seconds, fsdp_seconds, overlapped  # noqa: E402
 from bigmodel_fast.plan.planner import bytes_per_token  # noqa: E402
 from bigmodel_fast.plan.shape import sized  # noqa: E402
 from bigmodel_fast.train import ConfigError  # noqa: E402
+from bigmodel_fast.train.config import MaskConfig, PairConfig  # noqa: E402
 
 GB = 10**9
 KINDS = ("dense", "attention", "loss", "stream", "optimizer")
@@ -39,47 +48,65 @@ def device(rate: float = 1e12, space: float = 8 * 2**30, **how) -> Hardware:
     [
         GPTConfig(300, 32, 2, 4, 64),
         GPTConfig(300, 32, 3, 4, 64, layout="modern", kv_heads=2, mlp_width=96),
+        BERTConfig(300, 32, 2, 4, 64),
+        TransformerConfig(300, 32, 3, 4, 64, mlp_width=96),
     ],
-    ids=["gpt2", "modern"],
+    ids=["gpt2", "modern", "bert", "transformer"],
 )
-def test_shape_counts_as_the_model_does(config: GPTConfig) -> None:
-    model, shape = GPT(config), Shape.of(config)
-    assert shape.parameters() == model.parameter_count()
-    assert shape.flops_per_token(17) == model.flops_per_token(17)
+def test_shape_counts_as_the_model_does(config) -> None:
+    model, _ = prediction.model_and_batch(prediction.Setup(config, 1, "fp32"))
+    shape, length = Shape.of(config, predicted=0.25), 17.0
+    counted = {
+        GPT: lambda: model.flops_per_token(length),
+        BERT: lambda: model.flops_per_token(length, 0.25),
+        Transformer: lambda: model.flops(0.5, 0.5, length / 2, length / 2),
+    }[type(model)]
+    assert shape.parameters() == sum(p.numel() for p in model.parameters())
+    assert shape.flops_per_token(length) == pytest.approx(counted())
+    length = 32.0
     work = cost.step_work(shape, Step(2, 32, "fp32"))
-    assert sum(w.flops for w in work.values()) == pytest.approx(64 * model.flops_per_token(32))
+    assert sum(w.flops for w in work.values()) == pytest.approx(64 * counted())
 
 
-def test_what_forward_keeps_is_counted_to_the_byte() -> None:
-    """Of one block, in float32 and without a residual of its own: the tensors that autograd's nodes hold."""
-    config = GPTConfig(300, 32, 1, 2, 64)
-    held: dict[int, int] = {}
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("make", [GPTConfig, BERTConfig, TransformerConfig])
+def test_what_a_layer_keeps_is_counted_to_the_byte(make: type, recompute: bool, dtype: str) -> None:
+    """What a second layer adds to the tensors that autograd's nodes hold."""
+    kept = []
+    for layers in (1, 2):
+        held: dict[int, int] = {}
 
-    def keep(t: torch.Tensor) -> torch.Tensor:
-        held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
+        def keep(t: torch.Tensor, held=held) -> torch.Tensor:
+            held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
 
-    model = GPT(config)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    tokens = torch.randint(300, (2, 32))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = model.hidden(tokens).sum()
-    del loss
-    step = Step(2, 32, "fp32")
-    ends = step.tokens * 4 * 64 * 2
-    expected = cost.activations_of_block(Shape.of(config), step) + ends
-    kept = sum(size for address, size in held.items() if address not in own)
-    # The output layer, which would keep the last of them, is not part of this, and the sum keeps nothing.
-    assert kept == pytest.approx(expected - step.tokens * 4 * 64 + step.tokens * (8 + 8), rel=0.02)
+        setup = prediction.Setup(make(300, 32, layers, 2, 64), 2, dtype, recompute)
+        model, batch = prediction.model_and_batch(setup)
+        recompute_layers(model, recompute)
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+            loss = model(*batch)
+        kept.append(sum(size for address, size in held.items() if address not in own))
+        del loss
+    shape, step = Shape.of(setup.config), Step(2, 32, dtype)
+    of_layer = cost.input_of_block if recompute else cost.activations_of_block
+    expected = sum(of_layer(shape, step, kind) for kind in shape.kinds)
+    assert kept[1] - kept[0] == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["fp32", "bf16"])
+SMALL = {"gpt2, fp32": 0, "modern, bf16": 1, "recomputed": 6, "bert": 7, "transformer": 10}  # of prediction.SETUPS
+
+
+@pytest.mark.parametrize("index", SMALL.values(), ids=SMALL.keys())
 def test_memory_is_as_measured(index: int) -> None:
     setup = prediction.SETUPS[index]
     measured = prediction.measured_memory(setup, torch.get_num_threads())
     if measured is None:
         pytest.skip("this system does not tell the most memory of a process")
-    predicted = memory(Shape.of(setup.config), Step(setup.batch, setup.config.context, setup.dtype)).peak
+    step = Step(setup.batch, setup.config.context, setup.dtype, recompute=setup.recompute)
+    predicted = memory(Shape.of(setup.config, prediction.PREDICTED), step).peak
     assert predicted == pytest.approx(measured, rel=prediction.MEMORY_OFF)
 
 
@@ -263,6 +290,32 @@ def test_tokens_of_a_text(tmp_path: Path) -> None:
     assert 2.8 < bytes_per_token(2048) < 3.1
 
 
+def test_a_bert_is_planned_by_the_length_it_is_given() -> None:
+    plan = make_plan(PlanConfig(objective="mlm", steps=10, mlm=MaskConfig(share=0.3)), device())
+    assert plan.best is not None
+    assert (plan.name, plan.shape.objective, plan.shape.predicted) == ("BERT", "mlm", 0.3)
+    assert plan.run["steps"] == 10
+    assert (plan.sizes, plan.optimal) == ([], None)  # 20 tokens a parameter are known of GPTs
+    with pytest.raises(ConfigError, match="tokens: the length of a run of mlm must be given"):
+        make_plan(PlanConfig(objective="mlm"), device())
+    with pytest.raises(ConfigError, match="size: for objective clm only"):
+        make_plan(PlanConfig(objective="mlm", steps=10, size="7B"), device())
+
+
+def test_a_transformer_is_planned_by_its_pairs(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.en").write_text("abc\n" * 10)
+        (tmp_path / f"{split}.de").write_text("abcdefg\n" * 10)
+    pairs = PairConfig(languages="en-de")
+    how = {"objective": "seq2seq", "tokenizer": "bytes", "seq2seq": pairs, "cache": str(tmp_path / "cache")}
+    plan = make_plan(PlanConfig(data=str(tmp_path), **how), device())
+    assert plan.tokens_per_step == 8 * (4 + 8)  # each side with its end
+    assert plan.run["tokens"] == 10 * (4 + 8)
+    full = make_plan(PlanConfig(steps=5, **how), device())
+    assert full.tokens_per_step == 8 * 2 * 256
+    assert full.best.seconds > plan.best.seconds
+
+
 # ---- the command ----
 
 
@@ -281,6 +334,11 @@ def test_command_prints_tables_json_and_a_picture(tmp_path: Path, capsys: pytest
     assert found["best"]["fits"]
     assert math.isclose(found["run"]["dollars"], found["price"] * found["run"]["hours"])
     assert found["sizes"][0]["parameters"] < found["parameters"]
+    bert = ["--objective", "mlm", "--steps", "9", "--model.layers", "48", "--model.width", "1024", "--model.heads", "8"]
+    assert main(["plan", *bert, "--model.context", "16384", "--optim.batch", "8", "--hardware", "l4"]) == 0
+    text = capsys.readouterr().out
+    assert "best: --optim.batch 1 --optim.accumulation 8 --recompute\n" in text
+    assert "compute-optimal" not in text
     assert main(["plan", "--size", "1T", "--hardware", "l4"]) == 1
     assert "fits in no way" in capsys.readouterr().out
     assert main(["plan", "--hardware", "list"]) == 0

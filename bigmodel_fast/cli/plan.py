@@ -66,7 +66,8 @@ def show(plan: Plan, console: Console) -> None:
         return
     console.print(memory_table(plan))
     console.print(run_text(plan), soft_wrap=True)
-    console.print(sizes_table(plan))
+    if plan.sizes:
+        console.print(sizes_table(plan))
     if plan.optimal is not None:
         console.print(
             f"In the same time the compute-optimal model has {count(plan.optimal.parameters)} parameters and learns "
@@ -132,7 +133,7 @@ def run_text(plan: Plan) -> str:
         f"{'' if dollars is None else f', {dollars:,.2f} USD'}[/] at {best.tokens_per_second:,.0f} tokens/s"
     )
     per_device = f"--optim.batch {best.batch} --optim.accumulation {best.accumulation}"
-    return f"{text}\nbest: {per_device}{' with recompute' if best.recompute else ''}" + (
+    return f"{text}\nbest: {per_device}{' --recompute' if best.recompute else ''}" + (
         f", {best.parallel} over {plan.devices} devices\n" if plan.devices > 1 else "\n"
     )
 

@@ -1,7 +1,7 @@
 """What a training step costs: memory by part, and time by kind of work. Plain arithmetic on a model's shape.
 
 Memory. Weights, gradients and AdamW's two averages are float32. What forward keeps for backward is counted tensor by
-tensor from models/gpt.py and the operators' save_for_backward: the residual stream (float32 under autocast too), what
+tensor from the models and the operators' save_for_backward: the residual stream (float32 under autocast too), what
 each product reads, queries, keys and values, the MLP's products before its activation. Beside them stand working
 memory of the largest operator's backward and a chunk of logits, never all [tokens, vocabulary] of them. On CPU the
 operators keep up to 1 GiB of memory that was given back (core/scratch.h), and regions are used again only for requests
@@ -15,7 +15,7 @@ roofline of Williams et al. (2009), with a sum for the maximum, since packing an
 
 from dataclasses import dataclass
 
-from .shape import Shape
+from .shape import Layers, Shape
 
 STATE = 4  # bytes of a weight, of its gradient, and of each of AdamW's two averages
 BYTES = {"bf16": 2, "fp32": 4}  # of an activation
@@ -30,7 +30,8 @@ class Step:
     """How a step is run on one device.
 
     Args:
-        batch: sequences in one pass.
+        batch: sequences in one pass; of seq2seq, pairs.
+        context: tokens of a sequence; of seq2seq, of a pair.
         accumulation: passes in the step.
         recompute: each block keeps its input only, and is run again in backward (Chen et al. 2016).
         shards: devices that share weights, gradients and optimizer state (FSDP); 1: none do. Gradients of several
@@ -103,15 +104,22 @@ class Rate:
 # ---- memory ----
 
 
-def activations_of_block(shape: Shape, step: Step) -> float:
+def activations_of_block(shape: Shape, step: Step, kind: Layers) -> float:
     """Bytes that one block keeps for its backward."""
-    e, t = BYTES[step.dtype], step.tokens
-    streams = 2 * 4 * shape.width  # what either norm has normed: the stream, float32
-    normed = 2 * e * shape.width
-    rotated = 0 if shape.positions else shape.query + shape.key  # copies of queries and keys
+    e = BYTES[step.dtype]
+    norms = kind.norms * (4 * shape.width + e * shape.width + 8.0)  # the stream, float32; statistics; what comes of it
+    rotated = shape.query + shape.key if shape.rotary else 0  # copies of queries and keys
     heads = e * (shape.query + 2 * shape.key + rotated + shape.query) + 8 * shape.heads  # and the result, statistics
     hidden = e * shape.hidden * (2 if shape.gated else 1)
-    return t * (streams + normed + heads + hidden + 16.0)
+    if kind.memory:  # queries and result, beside the keys and values of the encoder's tokens
+        heads += e * 2 * shape.width + 8 * shape.heads
+    return step.tokens * (kind.tokens * (norms + heads + hidden) + kind.memory * 2 * e * shape.width)
+
+
+def input_of_block(shape: Shape, step: Step, kind: Layers) -> float:
+    """Bytes of what goes into a block: the stream, and of a GPT what a norm has made of it, with its statistics."""
+    normed = BYTES[step.dtype] * shape.width + 8.0 if shape.objective == "clm" else 0.0
+    return step.tokens * kind.tokens * (4 * shape.width + normed)
 
 
 def memory(shape: Shape, step: Step) -> Memory:
@@ -119,23 +127,26 @@ def memory(shape: Shape, step: Step) -> Memory:
     e, t, parameters = BYTES[step.dtype], step.tokens, shape.parameters()
     weights = STATE * parameters / step.shards
     gradients = STATE * parameters / (step.shards if step.accumulation == 1 else 1)  # scattered after the last pass
-    block = activations_of_block(shape, step)
-    ends = t * (4 + e) * shape.width  # the embedded tokens, and what the output layer reads
-    activations: float = ends + shape.layers * block
+    blocks = [activations_of_block(shape, step, kind) for kind in shape.kinds]
+    activations: float = t * (4 + e) * shape.width  # the embedded tokens, and what the output layer reads
     if step.recompute:
-        activations = ends + shape.layers * t * (4 + e) * shape.width + block
-    chunk = min(t, max(FEWEST_TOKENS, LOGITS // (e * shape.vocab_size)))
+        activations += shape.layers * sum(input_of_block(shape, step, kind) for kind in shape.kinds) + max(blocks)
+    else:
+        activations += shape.layers * sum(blocks)
+    predicted = t * shape.predicted
+    chunk = min(predicted, max(FEWEST_TOKENS, LOGITS // (e * shape.vocab_size)))
     block_of_classes = min(shape.vocab_size, BLOCK_CLASSES)  # whose gradients are made at a time
-    loss: float = chunk * (e * (shape.vocab_size + block_of_classes) + 4.0 * shape.width) + t * e * shape.width
+    loss: float = chunk * (e * (shape.vocab_size + block_of_classes) + 4.0 * shape.width) + predicted * e * shape.width
     if shape.tied:  # the table's other gradient, until it is added
         loss += 4.0 * shape.table
-    hidden = t * e * shape.hidden * (5 if shape.gated else 3)  # the hidden layer and its gradients as operands
-    heads = shape.query + 2 * shape.key + (0 if shape.positions else shape.query + shape.key)
-    workspace: float = hidden + t * (e * (3 * shape.width + heads) + 2 * 4 * shape.width)  # gradients on their way down
+    within = t * max(kind.tokens for kind in shape.kinds)  # tokens of a block
+    hidden = within * e * shape.hidden * (5 if shape.gated else 3)  # the hidden layer and its gradients as operands
+    heads = shape.query + 2 * shape.key + (shape.query + shape.key if shape.rotary else 0)
+    workspace: float = hidden + within * (e * (3 * shape.width + heads) + 2 * 4 * shape.width)  # gradients going down
     if step.cpu:
         workspace += e * shape.width * shape.hidden * (2 if shape.gated else 1)
         if step.accumulation > 1:  # packed once for all passes, forward and backward
-            workspace += 2.0 * e * (shape.layers * shape.weights_of_layer + shape.table)
+            workspace += 2.0 * e * (shape.weights_of_layers + shape.table)
     if step.shards > 1:  # two blocks are gathered whole: the one that computes, and the next
         workspace += 2.0 * (e + STATE) * shape.weights_of_layer
     passing, lasting = activations + loss + workspace, gradients
@@ -152,9 +163,14 @@ def dense_work(rows: float, inner: int, out: int, dtype: str) -> Work:
     return Work(2.0 * rows * inner * out, BYTES[dtype] * rows * (inner + out) + 4.0 * inner * out) * 3
 
 
-def attention_work(tokens: float, length: int, query: int, key: int, dtype: str) -> Work:
-    """Causal, forward and backward: two products and four, of half the scores."""
-    return Work(6.0 * tokens * length * query, 3.0 * BYTES[dtype] * tokens * (2 * query + 2 * key))
+def attention_work(tokens: float, keys: float, query: int, key: int, dtype: str, memory: float | None = None) -> Work:
+    """Forward and backward, two products and four, of tokens that see so many keys each.
+
+    Args:
+        memory: tokens that have the keys, if they are others.
+    """
+    holders = tokens if memory is None else memory
+    return Work(12.0 * tokens * keys * query, 6.0 * BYTES[dtype] * (tokens * query + holders * key))
 
 
 def loss_work(tokens: float, width: int, classes: int, dtype: str) -> Work:
@@ -177,20 +193,30 @@ def step_work(shape: Shape, step: Step) -> dict[str, Work]:
     t, dtype, e = step.tokens, step.dtype, BYTES[step.dtype]
     products = [(shape.width, shape.query + 2 * shape.key), (shape.query, shape.width), (shape.hidden, shape.width)]
     products += [(shape.width, shape.hidden)] * (2 if shape.gated else 1)
-    dense = sum((dense_work(t, inner, out, dtype) for inner, out in products), Work())
-    attention = attention_work(t, step.context, shape.query, shape.key, dtype)
-    stream = norm_work(t, shape.width, dtype) * 2
-    if not shape.positions:  # queries and keys are read and written, in both directions
+    dense = attention = stream = Work()
+    for kind in shape.kinds:
+        rows, memory = t * kind.tokens, t * kind.memory
+        dense += sum((dense_work(rows, inner, out, dtype) for inner, out in products), Work())
+        attention += attention_work(rows, kind.keys * step.context, shape.query, shape.key, dtype)
+        stream += norm_work(rows, shape.width, dtype) * kind.norms
+        if memory:
+            dense += dense_work(rows, shape.width, shape.width, dtype) * 2
+            dense += dense_work(memory, shape.width, 2 * shape.width, dtype)
+            attention += attention_work(rows, kind.memory * step.context, shape.query, shape.key, dtype, memory)
+        if shape.objective != "clm":  # each sub-layer's input and its gradient change their dtype, and are dropped from
+            stream += Work(0.0, kind.norms * rows * shape.width * (3.0 * e + 20.0))
+    if shape.rotary:  # queries and keys are read and written, in both directions
         stream += Work(0.0, 4.0 * e * t * (shape.query + shape.key))
     again = 4 / 3 if step.recompute else 1.0  # backward is twice forward
     ends = norm_work(t, shape.width, dtype) + Work(
         0.0, 24.0 * t * shape.width + (16.0 if shape.tied else 4.0) * shape.table
     )
+    head = dense_work(t * shape.predicted, shape.width, shape.width, dtype) if shape.objective == "mlm" else Work()
     passes = {
-        "dense": dense * (shape.layers * again),
+        "dense": dense * (shape.layers * again) + head,
         "attention": attention * (shape.layers * again),
         "stream": stream * (shape.layers * again) + ends,
-        "loss": loss_work(t, shape.width, shape.vocab_size, dtype),
+        "loss": loss_work(t * shape.predicted, shape.width, shape.vocab_size, dtype),
     }
     work = {kind: w * step.accumulation for kind, w in passes.items()}
     return {**work, "optimizer": optimizer_work(shape.parameters() / step.shards)}
@@ -205,5 +231,6 @@ def step_seconds(shape: Shape, step: Step, rates: dict[str, Rate], call: float) 
     """
     seconds = {kind: rates[kind].seconds(work) for kind, work in step_work(shape, step).items()}
     again = 4 / 3 if step.recompute else 1.0
-    calls = shape.layers * CALLS_OF_LAYER * again * step.accumulation + CALLS_OF_STEP
+    layers = shape.layers * len(shape.kinds)
+    calls = layers * CALLS_OF_LAYER * again * step.accumulation + CALLS_OF_STEP
     return {**seconds, "calls": calls * call}

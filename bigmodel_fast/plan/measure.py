@@ -104,7 +104,7 @@ class Probes:
         heads = self.of["widths"][-1] // HEAD
         shape = (self.tokens // length, length, heads, HEAD)
         q, k, v = (self._activation(*shape).transpose(1, 2).detach().requires_grad_() for _ in range(3))
-        work = cost.attention_work(self.tokens, length, heads * HEAD, heads * HEAD, self.dtype)
+        work = cost.attention_work(self.tokens, length / 2, heads * HEAD, heads * HEAD, self.dtype)
         return work, self._seconds(lambda: ops.attention(q, k, v, is_causal=True), q, k, v)
 
     def loss(self, width: int) -> tuple[Work, float]:

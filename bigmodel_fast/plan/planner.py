@@ -10,6 +10,7 @@ import torch
 
 from ..data import find_documents
 from ..train import ConfigError, TrainConfig, pick_device, pick_dtype
+from ..train.objectives import make_objective
 from . import cost, network
 from .cost import Memory, Step
 from .hardware import Hardware, named
@@ -56,8 +57,14 @@ class PlanConfig(TrainConfig):
 
     def check(self) -> None:
         super().check()
-        if self.objective != "clm":
-            raise ConfigError(f"objective: only clm can be planned, got {self.objective}")
+        for key in ("size", "hf") if self.objective != "clm" else ():
+            if getattr(self, key) is not None:
+                raise ConfigError(f"{key}: for objective clm only; give the model by --model")
+        lengths = (self.tokens, self.hours, self.budget, self.steps, self.minutes, self.data)
+        if self.objective != "clm" and not any(lengths):
+            raise ConfigError(
+                f"tokens: the length of a run of {self.objective} must be given, as tokens, hours or data"
+            )
         for key in ("hours", "budget", "price"):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
@@ -80,6 +87,7 @@ class Option:
     """A way to run the step, and what it takes of each device.
 
     Args:
+        recompute: `pretrain --recompute`.
         parallel: "one" device, "ddp" (all weights on each) or "fsdp" (weights, gradients and states in parts).
         seconds: of a step, with communication.
         work: seconds by kind; "communication" is what is not hidden behind the others.
@@ -136,14 +144,14 @@ def make_plan(config: PlanConfig, machine: Hardware | None = None) -> Plan:
     """
     config.check()
     shape, name = shape_of(config)
-    context = config.model.context if config.hf is None else min(config.model.context, shape.context)
     sequences = config.optim.batch * config.optim.accumulation
     if sequences % config.gpus:
         raise ConfigError(
             f"gpus: the {sequences} sequences of a step (optim.batch x optim.accumulation) cannot be divided among "
             f"{config.gpus}"
         )
-    wanted = tokens_wanted(config, shape, sequences * context)
+    context, of_data = length_of(config, shape)
+    wanted = tokens_wanted(config, shape, sequences * context, of_data)
     hardware, dtype = machine_of(config, machine)
     each = config.price if config.price is not None else hardware.price
     price = None if each is None else each * config.gpus
@@ -179,6 +187,8 @@ def make_plan(config: PlanConfig, machine: Hardware | None = None) -> Plan:
         "hours": hours,
         "dollars": None if price is None else hours * price,
     }
+    if config.objective != "clm":  # what is compute-optimal is known of GPTs
+        return replace(made, run=run)
 
     def at(parameters: float) -> Size:
         return size_of(parameters, shape.vocab_size, context, dtype, hardware, config.gpus, sequences, price)
@@ -193,10 +203,25 @@ def shape_of(config: PlanConfig) -> tuple[Shape, str]:
         return of_hugging_face(config.hf), config.hf
     if config.size is not None:
         return sized(amount(config.size, "size"), config.vocab_size, config.model.context), config.size
-    return Shape.of(config.model.of(config.objective, config.vocab_size)), config.model.layout
+    name = {"clm": config.model.layout, "mlm": "BERT", "seq2seq": "Transformer"}[config.objective]
+    return Shape.of(config.model.of(config.objective, config.vocab_size), config.mlm.share), name
 
 
-def tokens_wanted(config: PlanConfig, shape: Shape, tokens_per_step: int) -> float | None:
+def length_of(config: PlanConfig, shape: Shape) -> tuple[int, float | None]:
+    """Tokens of a sequence (of seq2seq, of a pair), and those of --data where they had to be counted for it.
+
+    Pairs are those of --data, tokenized as the run would; without it both sentences fill the context.
+    """
+    if config.objective != "seq2seq":
+        return config.model.context if config.hf is None else min(config.model.context, shape.context), None
+    if config.data is None:
+        return 2 * config.model.context, None
+    objective = make_objective(config)
+    each = objective.tokens_per_step / (config.optim.batch * config.optim.accumulation)
+    return max(2, round(each)), float(objective.train_tokens)
+
+
+def tokens_wanted(config: PlanConfig, shape: Shape, tokens_per_step: int, of_data: float | None) -> float | None:
     """Of the run; None if it is bounded by time or money."""
     if config.tokens is not None:
         return float(amount(config.tokens, "tokens"))
@@ -207,7 +232,7 @@ def tokens_wanted(config: PlanConfig, shape: Shape, tokens_per_step: int) -> flo
     if config.minutes is not None:
         return None
     if config.data is not None:
-        return tokens_of_data(config)
+        return tokens_of_data(config) if of_data is None else of_data
     return float(TOKENS_PER_PARAMETER * shape.parameters())
 
 

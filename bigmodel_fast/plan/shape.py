@@ -1,4 +1,4 @@
-"""Shape of a decoder-only Transformer: from our settings, a Hugging Face config.json, or a size such as 7B."""
+"""Shape of a Transformer: from our settings, a Hugging Face config.json, or a size such as 7B."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..models import GPTConfig
+from ..models import BERTConfig, GPTConfig, TransformerConfig
 from ..train import ConfigError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -16,15 +16,44 @@ AN_ODD_LAYER = 0.002  # share of the parameters that a layer more or less than u
 
 
 @dataclass(frozen=True)
+class Layers:
+    """Layers of one kind. All fields are shares of the tokens of a sequence; of seq2seq, of a pair of equal halves.
+
+    Args:
+        tokens: that go through them.
+        keys: that one of those sees of its own, on average.
+        memory: of an encoder's output, all of which each of those sees as well.
+    """
+
+    tokens: float
+    keys: float
+    memory: float = 0.0
+
+    @property
+    def norms(self) -> int:
+        return 3 if self.memory else 2
+
+
+LAYERS = {
+    "clm": (Layers(1, 1 / 2),),
+    "mlm": (Layers(1, 1),),
+    "seq2seq": (Layers(1 / 2, 1 / 2), Layers(1 / 2, 1 / 4, memory=1 / 2)),
+}
+
+
+@dataclass(frozen=True)
 class Shape:
     """What costs follow from.
 
     Args:
+        layers: of each kind (see `kinds`).
         query, key: widths of all heads of queries together, and of keys (values have as many).
         hidden: width of the MLP, which has three products instead of two where it is `gated`.
         tied: the output layer's weight is the embedding's.
         positions: learned, one for each place of the context.
         biases: of each product, and of the norms.
+        objective: clm (a GPT), mlm (a BERT) or seq2seq (an encoder and decoder).
+        predicted: share of a sequence's tokens that meet the vocabulary.
     """
 
     vocab_size: int
@@ -39,30 +68,52 @@ class Shape:
     tied: bool = True
     positions: bool = False
     biases: bool = False
+    objective: str = "clm"
+    predicted: float = 1.0
 
     @classmethod
-    def of(cls, config: GPTConfig) -> "Shape":
-        """Of models.GPT."""
-        gpt2 = config.layout == "gpt2"
+    def of(cls, config: GPTConfig | BERTConfig | TransformerConfig, predicted: float = 0.15) -> "Shape":
+        """Of models.GPT, BERT or Transformer.
+
+        Args:
+            predicted: share of a BERT's tokens that are to be predicted.
+        """
+        given = (config.vocab_size, config.context, config.layers, config.width, config.heads)
+        if isinstance(config, GPTConfig):
+            gpt2 = config.layout == "gpt2"
+            key = config.key_heads * config.head_dim
+            return cls(*given, config.width, key, config.hidden, gated=not gpt2, positions=gpt2, biases=gpt2)
+        bert = isinstance(config, BERTConfig)
         return cls(
-            config.vocab_size,
-            config.context,
-            config.layers,
+            *given,
             config.width,
-            config.heads,
-            query=config.heads * config.head_dim,
-            key=config.key_heads * config.head_dim,
-            hidden=config.hidden,
-            gated=not gpt2,
-            positions=gpt2,
-            biases=gpt2,
+            config.width,
+            config.hidden,
+            gated=False,
+            positions=bert,
+            biases=True,
+            objective="mlm" if bert else "seq2seq",
+            predicted=predicted if bert else 1 / 2,
         )
 
     @property
+    def kinds(self) -> tuple[Layers, ...]:
+        return LAYERS[self.objective]
+
+    @property
+    def rotary(self) -> bool:
+        return self.objective == "clm" and not self.positions
+
+    @property
     def weights_of_layer(self) -> int:
-        """Of the products of a layer."""
+        """Of the products of a layer, but for a decoder's with its encoder's output."""
         attention = self.width * (2 * self.query + 2 * self.key)
         return attention + self.width * self.hidden * (3 if self.gated else 2)
+
+    @property
+    def weights_of_layers(self) -> int:
+        """Of the products of all layers."""
+        return self.layers * sum(self.weights_of_layer + (4 * self.width**2 if k.memory else 0) for k in self.kinds)
 
     @property
     def table(self) -> int:
@@ -72,13 +123,24 @@ class Shape:
     def parameters(self) -> int:
         norm = self.width * (2 if self.biases else 1)
         biases = self.query + 2 * self.key + 2 * self.width + self.hidden if self.biases else 0
-        layer = self.weights_of_layer + 2 * norm + biases
         tables = self.table * (1 if self.tied else 2) + (self.context * self.width if self.positions else 0)
-        return self.layers * layer + norm + tables
+        total = self.weights_of_layers + tables
+        for kind in self.kinds:  # the last norm is that of what follows the layers
+            of_memory = 4 * self.width if kind.memory else 0
+            total += self.layers * (kind.norms * norm + biases + of_memory) + norm
+        if self.objective == "mlm":  # kinds of text, and between the layers and the vocabulary a product and a norm
+            total += 2 * self.width + self.width**2 + self.width + norm + self.vocab_size
+        return total
 
     def flops_per_token(self, length: int) -> float:
-        """Of forward and backward, for a token of a sequence of `length`; as GPT.flops_per_token."""
-        return 6.0 * (self.layers * self.weights_of_layer + self.table) + 6.0 * self.layers * self.query * length
+        """Of forward and backward, for a token of a sequence (of seq2seq, a pair) of `length`; as the models count."""
+        weights = self.predicted * (self.table + (self.width**2 if self.objective == "mlm" else 0))
+        attended = 0.0
+        for kind in self.kinds:
+            weights += self.layers * kind.tokens * self.weights_of_layer
+            weights += self.layers * 2 * self.width**2 * (kind.memory and kind.memory + kind.tokens)
+            attended += self.layers * self.query * kind.tokens * (kind.keys + kind.memory) * length
+        return 6.0 * weights + 12.0 * attended
 
 
 def amount(text: str, key: str) -> int:
