@@ -54,17 +54,19 @@ def backward(
     wants_x: bool,
     wants_parameters: bool,
 ):
-    assert pre.shape[1:] == (len(x), width)
-    leaves = [t if t is None else t.detach().float().requires_grad_() for t in (x, weights, biases)]
-    with torch.enable_grad():
-        y, _ = forward(*leaves, width, grad_y.shape[1], activation, False)
-    grads = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], grad_y.float()))
-    grad_x, grad_weights = next(grads), next(grads)
-    grad_biases = x.new_empty(0, dtype=torch.float32) if biases is None else next(grads)
+    assert activation == "gelu"
+    inputs = [x.float(), *(torch.nn.functional.gelu(z) for z in pre.float())]
+    g, grads = grad_y.float(), []
+    for i, (w, _) in reversed(list(enumerate(layers_of(x, weights, biases, width, grad_y.shape[1])))):
+        grads.insert(0, (g.T @ inputs[i], g.sum(0)))
+        g = g @ w.float()
+        if i > 0:
+            g = torch.ops.aten.gelu_backward(g, pre[i - 1].float())
     none = torch.empty(0)
     return (
-        grad_x.to(x.dtype) if wants_x else x.new_empty(0, x.shape[1]),
-        *((grad_weights, grad_biases) if wants_parameters else (none, none)),
+        g.to(x.dtype) if wants_x else x.new_empty(0, x.shape[1]),
+        torch.cat([w.reshape(-1) for w, _ in grads]) if wants_parameters else none,
+        torch.cat([b for _, b in grads]) if wants_parameters and biases is not None else none.clone(),
     )
 
 
@@ -96,7 +98,7 @@ def test_gradients_arrive_where_they_belong(sizes: tuple[int, ...], bias, kernel
     found = {}
     for kind in ("exact", "eager", "ours"):
         m = copy.deepcopy(model).to(torch.float64 if kind == "exact" else torch.bfloat16)
-        inputs = x.to(m[0].weight.dtype).requires_grad_()
+        inputs = x.to(m[0].weight.dtype, copy=True).requires_grad_()
         y = run(m, inputs) if kind == "ours" else m(inputs)
         (y * upstream).sum().backward()
         found[kind] = [y.detach(), inputs.grad, *(p.grad for p in m.parameters())]
@@ -179,7 +181,11 @@ def test_path_on_a_gpu(sizes, options: dict, dtype: torch.dtype, shared: int, re
     monkeypatch.setattr(_dispatch, "_native_cuda", {"mlp_fused"})
     monkeypatch.setattr(_mlp_fused, "run", lambda x, weights, *_: x.new_empty(len(x), len(weights[-1])))
     with FakeTensorMode(), torch.device("cuda"):
-        model, x = MLP(sizes, **options).to(dtype), torch.empty(6, sizes[0], dtype=dtype)
+        model, x = MLP(sizes, **options), torch.empty(6, sizes[0], dtype=dtype)
+        for layer in dense_layers(model):
+            layer.linear.weight, layer.linear.bias = (
+                torch.nn.Parameter(p.detach().to(dtype)) for p in layer.linear.parameters()
+            )
         for forced, calls in (("native", {("native" if not reason else "reference", reason)}), (None, set())):
             bmf.explain(reset=True)
             with _dispatch.forcing(forced):
