@@ -5,6 +5,7 @@ csrc/cuda/mlp_fused.h has the equations.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,8 @@ def _uncovered(
         return "more outputs than hidden features, or a size of 0"
     if len(set(activations[:-1])) > 1 or activations[-1] is not None:
         return "layers of different activations, or one behind the last"
-    if torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin < SHARED_BYTES[width]:
+    properties: Any = torch.cuda.get_device_properties(x.device)
+    if properties.shared_memory_per_block_optin < SHARED_BYTES[width]:
         return f"too little shared memory for layers of {width}"
     return None
 

@@ -16,6 +16,7 @@ struct Case {
   int64_t rows;
   int inputs, outputs, hidden, width = 64;
   Activation activation = Activation::relu;
+  int blocks = 2;
   int spare = 0;  // KiB of shared memory beyond the least
   bool biases = true, grad_x = true, grad_weights = true;
   int gap = 0, shift = 0;  // unused elements between the rows of x, and before the first
@@ -94,7 +95,7 @@ class Test {
     args.biases = c_.biases ? biases_.floats() : nullptr;
     args.x = x_.data() + c_.shift;
     args.x_stride = c_.inputs + c_.gap;
-    Launch launch{order, 2};
+    Launch launch{order, c_.blocks};
     using Forward = bmf::cuda::FusedForwardShape<kWidth>;
     const int forward_bytes = least_bytes<Forward>() + (c_.spare << 10);
     args.y = again.data();
@@ -112,7 +113,8 @@ class Test {
     args.grad_weights = c_.grad_weights ? grad_weights.floats() : nullptr;
     args.grad_biases = c_.grad_weights && c_.biases ? grad_biases.floats() : nullptr;
     using Backward = bmf::cuda::FusedBackwardShape<kWidth>;
-    CHECK(bmf::cuda::plan_fused_backward<kWidth>(args, least_bytes<Backward>() + (c_.spare << 10), 2) == nullptr);
+    CHECK(bmf::cuda::plan_fused_backward<kWidth>(args, least_bytes<Backward>() + (c_.spare << 10), c_.blocks) ==
+          nullptr);
     const Array sums(Dtype::float32, args.sums_count);
     args.sums = sums.floats();
     bmf::cuda::run_fused_backward<T, kWidth>(args, launch);
@@ -245,6 +247,7 @@ const Case kCases[] = {
      .hidden = 2,
      .spare = 40,
      .grad_weights = false},
+    {.name = "more blocks than a warp sums up", .rows = 1400, .inputs = 8, .outputs = 8, .hidden = 1, .blocks = 10},
     {.name = "no rows", .rows = 0, .inputs = 8, .outputs = 8, .hidden = 1},
     {.name = "128 wide", .rows = 270, .inputs = 24, .outputs = 12, .hidden = 2, .width = 128},
     {.name = "128 wide, all in shared memory",
@@ -260,6 +263,18 @@ const Case kCases[] = {
 template <class T>
 void run(const Case& c, emulator::Order order) {
   c.width == 64 ? Test<T, 64>(c).run(order) : Test<T, 128>(c).run(order);
+}
+
+void test_activations() {
+  for (const Activation kind : kActivations)
+    for (float x = -8; x <= 8; x += 0.0625f)
+      bmf::cuda::with_activation(kind, [&]<Activation kKind>() {
+        context = "activation " + std::to_string(static_cast<int>(kind)) + " of " + std::to_string(x);
+        const auto [value, slope] = bmf::cuda::activate<kKind>(x);
+        const double scale = 1e-6 * (1 + static_cast<double>(x) * x);
+        CHECK(std::abs(value - activate(kind, x)) <= scale);
+        if (x != 0) CHECK(std::abs(slope - activation_slope(kind, x)) <= scale);
+      });
 }
 
 // First the matrices, then as many sums as there is still room for.
@@ -296,6 +311,7 @@ int main() {
     const auto order = static_cast<emulator::Order>(i % 3);
     i++ % 3 == 1 ? run<bmf::cuda::f16>(c, order) : run<bmf::bf16>(c, order);
   }
+  test_activations();
   test_shares_of_memory();
   return result();
 }
