@@ -1,4 +1,4 @@
-"""What nvcc makes of csrc/cuda: no kernel spills but one, and products run on tensor cores.
+"""What nvcc makes of csrc/cuda: no kernel spills but two, and products run on tensor cores.
 
 By default a kernel file for each of sm_80 and sm_90a; `BMF_COMPILE_ALL=1` compiles all files for both. Needs nvcc on
 PATH, and for the machine code cuobjdump: the toolkit's, or that of triton.
@@ -28,8 +28,11 @@ KERNELS = {  # how many of each name: dtypes, head dimensions, and whether they 
     "mlp_fused_forward": {"mlp_fused_forward_kernel": 2 * 2},  # dtypes and widths
     "mlp_fused_backward": {"mlp_fused_backward_kernel": 2 * 2, "mlp_fused_sum_kernel": 2},
 }
-# The one that is known to spill, and how many bytes at most: dK and dV of heads wider than 128 with all features.
-SPILLING = {"sm_90a": (re.compile(r"attention_key_gradients_kernel\w+Li256ELb1E"), 40)}
+# Those that are known to spill, with all features, and how many bytes at most: dK and dV of heads wider than 128, dQ of
+# those of at most 64.
+SPILLING = {
+    "sm_90a": (re.compile(r"(key_gradients_kernel\w+Li256E|query_gradient_kernel\w+Li64E)Lb1E"), 40),
+}
 BY_DEFAULT = {
     "attention_forward": "sm_90a",
     "attention_backward": "sm_80",
