@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import hugging_face, interface, layers, swap, transformer
+from .. import _dispatch
+from . import hugging_face, interface, layers, projected, swap, swin, transformer, whisper
 from . import unpad as unpadding
 
 AREAS = ("attention", "mlp", "norm", "loss", "rotary", "unpad")
@@ -21,7 +22,7 @@ RECIPES: tuple[type[swap.Fast], ...] = (
     transformer.FastDecoderLayer,
     transformer.FastMultiheadAttention,
     layers.FastLayerNorm,
-    layers.FastRMSNorm,
+    layers.FastNorm,
     hugging_face.FastBertAttention,
     hugging_face.FastBertOutput,
     hugging_face.FastBertLayer,
@@ -31,6 +32,10 @@ RECIPES: tuple[type[swap.Fast], ...] = (
     unpadding.FastAttentionBlock,
     hugging_face.FastLlamaAttention,
     hugging_face.FastLanguageModel,
+    whisper.FastWhisperModel,
+    whisper.FastWhisperLayer,
+    projected.FastProjectedAttention,
+    swin.FastShiftedWindowAttention,
     layers.FastMLP,
     layers.FastLinear,
     layers.FastEmbedding,
@@ -127,7 +132,7 @@ def accelerate(
     for name, module in _outermost_pretrained(model):
         rows.append(_examine_interface(name, module, attention))
         interfaces += [module] if rows[-1].accelerated and not interface.enabled(module) else []
-    with torch.random.fork_rng(devices=[]):  # what probes draw is not drawn from the loop
+    with torch.random.fork_rng(devices=[]), _dispatch.unrecorded():  # what probes draw is not drawn from the loop
         for name, module in model.named_modules():
             row, recipe, how = _examine(name, module, wanted)
             rows += [row] if row else []
