@@ -5,6 +5,7 @@ recipe recognises modules by their forward or by what it computes (`probe.py`), 
 docs/accelerate.md.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,13 @@ class Report:
     def left(self) -> tuple[Row, ...]:
         """Modules of a kind there is a recipe for, which were left alone."""
         return tuple(row for row in self.rows if not row.accelerated)
+
+    @property
+    def line(self) -> str:
+        """How many modules of each class were replaced, and left, on one line."""
+        counts = [Counter(row.kind for row in rows) for rows in (self.accelerated, self.left)]
+        fast, left = (", ".join(f"{n} {kind}" for kind, n in count.items()) for count in counts)
+        return f"accelerated: {fast or 'nothing'}" + (f"; left alone: {left}" if left else "")
 
     def __str__(self) -> str:
         groups: dict[tuple[bool, str, str], list[str]] = {}

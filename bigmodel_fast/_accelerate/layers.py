@@ -123,7 +123,8 @@ class FastNorm(Fast):
     def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
         original = swap.original_class(module)
         if original.forward is nn.RMSNorm.forward:
-            if len(module.normalized_shape) > 1 or module.weight is None:
+            weight = module._parameters["weight"]
+            if weight is None or weight.dim() > 1:
                 return "over several dimensions, or without weights"
             return {"kind": "rms", "eps": module.eps, "offset": 0.0, "input_dtype": True}
         if original.__module__.startswith("torch.nn.") or module._modules or module._buffers:

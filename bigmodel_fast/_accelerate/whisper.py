@@ -21,7 +21,7 @@ class FastWhisperLayer(Fast):
     def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
         if not interface.is_class(module, ("WhisperEncoderLayer", "WhisperDecoderLayer")):
             return None
-        activation = probe.activation(module.activation_fn)
+        activation = probe.activation(getattr(module, "activation_fn", None))
         if activation is None:
             return "an activation that is not known"
         how = {"activation": activation, "decodes": "encoder_attn" in module._modules}
