@@ -12,7 +12,7 @@ import torch
 from torch.compiler import is_compiling
 
 _BACKENDS = ("native", "triton", "reference")
-_UNMEASURED = "taken, but never measured on a GPU"  # what is to be known of csrc/cuda
+UNMEASURED = "taken, but never measured on a GPU"  # what is to be known of csrc/cuda
 _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -94,7 +94,7 @@ def use_native(op: str, reason: str | None, t: torch.Tensor | None = None) -> bo
     if _forced is not None and _forced != backend:
         reason = f"BMF_BACKEND={_forced}"
     if not is_compiling():
-        remark = _UNMEASURED if backend == "native" and t is not None and t.is_cuda else ""
+        remark = UNMEASURED if backend == "native" and t is not None and t.is_cuda else ""
         _calls[(op, "reference" if reason else backend, reason or remark)] += 1
     return reason is None
 

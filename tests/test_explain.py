@@ -42,6 +42,6 @@ def test_says_that_a_cuda_kernel_was_never_measured(monkeypatch: pytest.MonkeyPa
         assert _dispatch.use_native("attention", None, query)
         assert not _dispatch.use_native("attention", "no kernel", query)
     assert rows() == [
-        ("attention", "native", "taken, but never measured on a GPU", 1),
+        ("attention", "native", _dispatch.UNMEASURED, 1),
         ("attention", "reference", "no kernel", 1),
     ]

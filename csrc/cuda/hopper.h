@@ -19,7 +19,8 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
-// An operand of a warpgroup's product: where it begins, and how far apart are its panels and its groups of eight rows.
+// Of the descriptor of an operand: bits 0-13 where it begins, 16-29 how far apart are its panels, 32-45 its groups of
+// eight rows, all in units of 16 bytes; 62-63 the swizzle.
 constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
 
 }  // namespace bmf::cuda
@@ -178,6 +179,11 @@ BMF_DEVICE void group_product_add(float (*d)[4], const uint32_t (&left)[4], uint
     BMF_PRODUCT("f16", "128", BMF_LIST_64, BMF_SUMS_16, "%64, %65, %66, %67", "%68");
 }
 #undef BMF_PRODUCT
+#undef BMF_SUMS_16
+#undef BMF_SUMS_8
+#undef BMF_SUM
+#undef BMF_LIST_64
+#undef BMF_LIST_32
 
 }  // namespace bmf::cuda
 #endif
