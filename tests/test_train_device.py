@@ -13,7 +13,7 @@ from bigmodel_fast.data import Batches, DataError
 from bigmodel_fast.train import ConfigError, TrainConfig, Trainer, TrainError, loop, passes, pretrain, read_metrics
 from bigmodel_fast.train.errors import is_out_of_memory
 from bigmodel_fast.train.objectives import causal
-from bigmodel_fast.train.passes import Ahead, Feed
+from bigmodel_fast.train.passes import Feed
 from bigmodel_fast.train.state import smaller_passes
 
 needs_compiler = pytest.mark.skipif(cannot_compile("cpu") is not None, reason="there is no C++ compiler")
@@ -32,22 +32,6 @@ def assert_same_weights(one: Trainer, other: Trainer) -> None:
 
 
 # ---- batches ----
-
-
-@pytest.fixture
-def copying(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Batches are copied one ahead, as on a GPU; what happens is appended to the list."""
-    events: list[str] = []
-    initialise = Ahead.__init__
-
-    def copies(self, *args) -> None:
-        initialise(self, *args)
-        self._copies = "a stream"
-
-    monkeypatch.setattr(Ahead, "__init__", copies)
-    monkeypatch.setattr(Ahead, "_copy", lambda self, t: events.append("copy") or t.clone())
-    monkeypatch.setattr(Ahead, "_wait_for", lambda self, batch: events.append("wait"))
-    return events
 
 
 def test_a_batch_is_copied_ahead_and_the_position_is_that_of_the_one_in_use(copying) -> None:
