@@ -124,6 +124,12 @@ class WiderWindow(Windowed):
         self.window = 512
 
 
+class FarWindow(Windowed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.window = 4096
+
+
 class ShortOnly(Causal):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] > 16:
@@ -149,6 +155,7 @@ LOOK_ALIKES = {
     Windowed: UNKNOWN,
     WideWindow: UNKNOWN,
     WiderWindow: UNKNOWN,
+    FarWindow: "what it does with many tokens cannot be tried",
     ShortOnly: "what it does with many tokens cannot be tried",
     Noisy: "drops by other means than its children",
     DropsItsInput: "a dropout where attention has none",

@@ -129,10 +129,15 @@ def _probe(module: nn.Module, dense: dict[str, Any]) -> dict[str, Any] | str | N
 
 
 def _lengths(module: nn.Module, width: int, heads: int) -> list[int]:
-    """Twice as many tokens as a number of the module could say that it looks at; then as many, should those be the most it takes."""
+    """Twice as many tokens as a number of the module could say that it looks at; then as many, should those be the most it takes.
+
+    None where a limit may be too far away to be tried.
+    """
     numbers = {n for n in module.__dict__.values() if type(n) is int} - {width, 3 * width, heads, width // heads}
     numbers |= {n for b in module._buffers.values() if b is not None for n in b.shape}
-    known = [n for n in numbers if _S < n < _LONGEST]
+    known = [n for n in numbers if n > _S]
+    if any(n > _LONGEST for n in known):
+        return []
     return [max([_LONG, *(2 * n for n in known)]), *sorted(known, reverse=True)]
 
 
