@@ -142,6 +142,13 @@ class Noisy(Causal):
         return F.dropout(super().forward(x), 0.1, self.training)
 
 
+class DropsScores(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        weights = self.weight_drop(q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(x.shape))
+
+
 class DropsItsInput(Block):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.unused(x))
@@ -158,6 +165,7 @@ LOOK_ALIKES = {
     FarWindow: "what it does with many tokens cannot be tried",
     ShortOnly: "what it does with many tokens cannot be tried",
     Noisy: "drops by other means than its children",
+    DropsScores: "a dropout where attention has none",
     DropsItsInput: "a dropout where attention has none",
 }
 X = draw(B, S, E)
@@ -192,8 +200,10 @@ def test_other_arguments_go_to_the_original() -> None:
         torch.testing.assert_close(found, stock, rtol=1e-4, atol=1e-5)
 
 
-def test_dropouts_are_where_they_were() -> None:
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_dropouts_are_where_they_were(bias: bool) -> None:
     model = seeded(Block, 0.3).train()
+    model.out.bias = model.out.bias if bias else None
     fast = copy.deepcopy(model)
     bmf.accelerate(fast)
     x = as_float64(model, X[:1])[0].expand(3000, S, E)

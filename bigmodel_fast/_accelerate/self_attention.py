@@ -71,16 +71,6 @@ def _split(y: Tensor, kind: str, heads: int) -> tuple[Tensor, ...]:
     return y.unflatten(-1, (heads, 3, -1)).permute(3, 0, 2, 1, 4).unbind(0)
 
 
-class _Dropout(nn.Dropout):
-    """Drops all or nothing, and knows the shape of what it is given."""
-
-    seen: tuple[int, ...] | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen = tuple(x.shape)
-        return x * (1 - self.p)
-
-
 def _probe(module: nn.Module, dense: dict[str, Any]) -> dict[str, Any] | str | None:
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in dense.items()}
     width = next(iter(shapes.values()), (0, 0))[1]
@@ -94,7 +84,7 @@ def _probe(module: nn.Module, dense: dict[str, Any]) -> dict[str, Any] | str | N
         layer.weight.data = layer.weight.roll(i, 0) * (2 * into**-0.5)
         if dense[name].bias is None:
             layer.bias = None
-    dropouts = {name: _Dropout(0.0) for name, c in module.named_children() if isinstance(c, nn.Dropout)}
+    dropouts = {name: probe.Dropout() for name, c in module.named_children() if isinstance(c, nn.Dropout)}
     x = probe.draw(_B, _S, width)
 
     def run(x: Tensor, training: bool = False) -> Any:
@@ -105,31 +95,27 @@ def _probe(module: nn.Module, dense: dict[str, Any]) -> dict[str, Any] | str | N
     y = run(x)
     if not isinstance(y, Tensor) or y.shape != x.shape:
         return None
+    given = {name: list(dropout.seen) for name, dropout in dropouts.items()}
     for how in _ways(small, together, counts):
-        expected, dropped = _compute(small, x, how)
-        if not probe.same(y, expected):
+        if not probe.same(y, _compute(small, x, how)):
             continue
         if not probe.same(run(x, training=True), y):
             return "drops by other means than its children"
-        for name, dropout in dropouts.items():
-            dropout.p = 1.0
-            z, dropout.p = run(x), 0.0
-            if probe.same(z, torch.zeros_like(y)):
-                how["dropouts"]["output"] = name
-            elif dropout.seen == (_B, how["heads"], _S, _S) and probe.same(z, dropped):
-                how["dropouts"]["weights"] = name
-            elif dropout.seen is not None:
+        for name, seen in given.items():
+            places = {_place(t, y, how["heads"]) for t in seen}
+            if len(seen) > 1 or None in places or places & set(how["dropouts"]):
                 return "a dropout where attention has none"
+            how["dropouts"].update(dict.fromkeys(places, name))
         for length in _lengths(module, width, how["heads"]):
             x = probe.draw(1, length, width)
             if isinstance(y := run(x), Tensor):
-                return how if probe.same(y, _compute(small, x, how)[0]) else _UNKNOWN
+                return how if probe.same(y, _compute(small, x, how)) else _UNKNOWN
         return "what it does with many tokens cannot be tried"
     return _UNKNOWN if together else None
 
 
 def _lengths(module: nn.Module, width: int, heads: int) -> list[int]:
-    """Twice as many tokens as a number of the module could say that it looks at; then as many, should those be the most it takes.
+    """Twice as many tokens as a number says that it looks at, or, should that be the most it takes, as many.
 
     None where a limit may be too far away to be tried.
     """
@@ -150,12 +136,18 @@ def _ways(small: dict[str, nn.Module], together: bool, counts: set[int]) -> Iter
         yield {"layers": order, "kind": kind, "heads": heads, "causal": causal, "dropouts": {}}
 
 
-def _compute(small: dict[str, Any], x: Tensor, how: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """What it computes in one of these ways, and what is left of that when all attention weights are dropped."""
+def _place(seen: Tensor, y: Tensor, heads: int) -> str | None:
+    """What a dropout was given: the weights of the softmax, or the output y."""
+    if seen.shape == (_B, heads, _S, _S) and probe.same(seen.sum(-1), torch.ones_like(seen[..., 0])):
+        return "weights"
+    return "output" if probe.same(seen, y) else None
+
+
+def _compute(small: dict[str, Any], x: Tensor, how: dict[str, Any]) -> Tensor:
+    """What it computes in one of these ways."""
     *inputs, output = (small[name] for name in how["layers"])
     if how["kind"] == "four":
         q, k, v = (layer(x).unflatten(-1, (how["heads"], -1)).transpose(1, 2) for layer in inputs)
     else:
         q, k, v = _split(inputs[0](x), how["kind"], how["heads"])
-    y = reference(q, k, v, is_causal=how["causal"]).transpose(1, 2).flatten(2)
-    return output(y), output(torch.zeros_like(y))
+    return output(reference(q, k, v, is_causal=how["causal"]).transpose(1, 2).flatten(2))
