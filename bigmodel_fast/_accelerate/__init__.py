@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .. import _dispatch
-from . import hugging_face, interface, layers, projected, swap, swin, transformer, whisper
+from . import hugging_face, interface, layers, projected, self_attention, swap, swin, transformer, whisper
 from . import unpad as unpadding
 
 AREAS = ("attention", "mlp", "norm", "loss", "rotary", "unpad")
@@ -36,6 +36,7 @@ RECIPES: tuple[type[swap.Fast], ...] = (
     whisper.FastWhisperModel,
     whisper.FastWhisperLayer,
     projected.FastProjectedAttention,
+    self_attention.FastSelfAttention,
     swin.FastShiftedWindowAttention,
     layers.FastMLP,
     layers.FastLinear,
