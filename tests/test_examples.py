@@ -8,6 +8,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 from bigmodel_fast.data import Images
 
@@ -121,7 +122,26 @@ def test_translation_is_learnt_and_measured(translating: ModuleType, tmp_path: P
     assert len((tmp_path / "run" / "test.de").read_text().splitlines()) == 8
     references = [f"ein Mann und ein Hund {i}" for i in range(8)]
     monkeypatch.setattr(translating, "translate_lines", lambda model, tokenizer, lines, **_: references)
-    assert translating.bleu(tmp_path / "run", references, references)["bleu"] == pytest.approx(100)
+    assert translating.bleu(None, None, references, references)["bleu"] == pytest.approx(100)
+
+
+def test_torchs_transformer_learns_by_the_same_recipe(translating: ModuleType, tmp_path, monkeypatch, capsys) -> None:
+    pytest.importorskip("sacrebleu")
+    config = translating.recipe(data=str(tmp_path / "pairs"), steps=30)
+    config.optim.warmup = 3
+    model, _ = translating.train_plain(config)
+    assert not model.training
+    objective = translating.make_objective(config)
+    torch.manual_seed(config.seed)
+    batch = objective.validation()[0]
+    with torch.no_grad():
+        before, after = (float(objective.loss(m.eval(), *batch)) for m in (objective.build(), model))
+    assert after < before - 1
+    data = str(tmp_path / "pairs")
+    monkeypatch.setattr(sys, "argv", ["translate.py", "--data", data, "--test", "test", "--plain", "--steps", "1"])
+    translating.main()
+    assert "torch.nn.Transformer, step 1: BLEU " in capsys.readouterr().out
+    assert len((tmp_path / "run" / "test.de").read_text().splitlines()) == 8
 
 
 def test_translation_is_timed_beside_torchs(translating: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -321,3 +321,65 @@ def test_a_gpt_of_ours_goes_on_as_a_model_of_transformers(
     assert type(saved).__name__ == {"gpt2": "GPT2LMHeadModel", "modern": "LlamaForCausalLM"}[layout]
     again = AutoTokenizer.from_pretrained(tmp_path / "tuned" / "model", local_files_only=True)
     assert again("all work é\n")["input_ids"] == tokens
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_a_bert_of_ours_goes_on_as_a_model_of_transformers(tokenizer: str, settings, tmp_path: Path) -> None:
+    from bigmodel_fast.train import load_checkpoint, pretrain
+
+    shape = {"layers": 2, "heads": 4, "width": 32, "context": 32}
+    pretrain(settings(objective="mlm", steps=2, model=shape, tokenizer=tokenizer, vocab_size=270))
+    checkpoint = load_checkpoint(tmp_path / "run")
+    rows = [{"text": f"{i} {word} é", "label": word} for i in range(40) for word in ("work", "rest")]
+    data = write_lines(tmp_path / "texts.jsonl", rows)
+    tuner = Finetuner(config(str(tmp_path / "run"), data, tmp_path / "tuned", steps=3))
+    assert set(tuner.new) == {
+        "bert.pooler.dense.weight",
+        "bert.pooler.dense.bias",
+        "classifier.weight",
+        "classifier.bias",
+    }
+    own, made = checkpoint.tokenizer(), tuner.source.tokenizer
+    words = own.encode("all work é\n")
+    assert made("all work é\n")["input_ids"] == [own.end, *words, own.end]
+    assert made("all", "work")["token_type_ids"] == [0] * (len(own.encode("all")) + 2) + [1] * (
+        len(own.encode("work")) + 1
+    )
+    assert made.mask_token_id == own.vocab_size == checkpoint.model().config.vocab_size - 1
+    batch = made(["all work é", "no"], padding=True, return_tensors="pt")
+    lengths = batch["attention_mask"].sum(1)
+    assert lengths[0] > lengths[1]
+    with torch.no_grad():
+        ours = checkpoint.model().hidden(batch["input_ids"], lengths=lengths)
+        theirs = tuner.model.eval().bert(**batch).last_hidden_state * batch["attention_mask"][..., None]
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+    assert tuner.run().report is not None
+
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned" / "model", local_files_only=True)
+    assert type(saved).__name__ == "BertForSequenceClassification"
+    again = AutoTokenizer.from_pretrained(tmp_path / "tuned" / "model", local_files_only=True)
+    assert again("all work é\n")["input_ids"] == [own.end, *words, own.end]
+
+
+def test_a_gpt_of_ours_becomes_a_classifier(settings, tmp_path: Path) -> None:
+    from bigmodel_fast.train import pretrain
+
+    pretrain(settings(steps=1, model={"layers": 1, "heads": 2, "width": 16, "context": 32}))
+    data = write_lines(tmp_path / "texts.jsonl", [{"text": f"{i}", "label": i % 2} for i in range(40)])
+    tuner = Finetuner(config(str(tmp_path / "run"), data, tmp_path / "tuned", steps=1))
+    assert tuner.new == ["score.weight"]
+    assert tuner.run().report is not None
+
+
+def test_a_translator_of_ours_is_refused(settings, tmp_path: Path) -> None:
+    from bigmodel_fast.train import pretrain
+
+    (tmp_path / "pairs").mkdir()
+    for split in ("train", "val"):
+        for language in ("en", "de"):
+            write_lines(tmp_path / "pairs" / f"{split}.{language}", [{"n": i} for i in range(20)])
+    pretrain(settings(objective="seq2seq", data=str(tmp_path / "pairs"), steps=1, seq2seq={"languages": "en-de"}))
+    with pytest.raises(ConfigError, match="is of objective seq2seq; clm and mlm can be fine-tuned"):
+        Finetuner(config(str(tmp_path / "run"), None, tmp_path / "tuned"))

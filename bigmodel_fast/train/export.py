@@ -1,4 +1,4 @@
-"""Our GPT as a model of transformers: layout gpt2 as GPT-2, layout modern as Llama, and its tokenizer."""
+"""Our models as those of transformers, and their tokenizers: BERT as BERT, GPT as GPT-2 or, layout modern, as Llama."""
 
 from typing import Any
 
@@ -7,13 +7,18 @@ from torch import Tensor
 
 from ..data import Tokenizer
 from ..data.tokenizer import END, byte_alphabet
-from ..models import GPT, GPTConfig
+from ..models import BERT, GPT
+
+MASK = "<|mask|>"
 
 
-def hugging_face_config(config: GPTConfig, end: int) -> Any:
-    """The config of transformers for a GPT of this shape whose documents end with token `end`."""
-    from transformers import GPT2Config, LlamaConfig
+def hugging_face_config(model: GPT | BERT, end: int) -> Any:
+    """The config of transformers for a model of this shape whose documents end with token `end`."""
+    from transformers import BertConfig, GPT2Config, LlamaConfig
 
+    if isinstance(model, BERT):
+        return BertConfig(**model.hf_config())
+    config = model.config
     tokens: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     if config.layout == "gpt2":
         return GPT2Config(
@@ -28,11 +33,11 @@ def hugging_face_config(config: GPTConfig, end: int) -> Any:
     )  # fmt: skip
 
 
-def hugging_face_state(gpt: GPT) -> dict[str, Tensor]:
-    """The GPT's weights under the names of GPT2LMHeadModel or LlamaForCausalLM."""
-    if gpt.config.layout == "gpt2":
-        return gpt.hf_state_dict()
-    own, c = gpt.state_dict(), gpt.config
+def hugging_face_state(model: GPT | BERT) -> dict[str, Tensor]:
+    """The model's weights under the names of BertForMaskedLM, GPT2LMHeadModel or LlamaForCausalLM."""
+    if isinstance(model, BERT) or model.config.layout == "gpt2":
+        return model.hf_state_dict()
+    own, c = model.state_dict(), model.config
     state = {"model.embed_tokens.weight": own["embedding.weight"], "lm_head.weight": own["embedding.weight"]}
     state["model.norm.weight"] = own["norm.weight"]
     sizes = [c.heads * c.head_dim, c.key_heads * c.head_dim, c.key_heads * c.head_dim]
@@ -49,10 +54,13 @@ def hugging_face_state(gpt: GPT) -> dict[str, Tensor]:
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
-def hugging_face_tokenizer(tokenizer: Tokenizer) -> Any:
-    """The same tokens as a tokenizer of transformers; bytes become a byte-level BPE without merges."""
+def hugging_face_tokenizer(tokenizer: Tokenizer, model: GPT | BERT) -> Any:
+    """The same tokens as a tokenizer of transformers; bytes become a byte-level BPE without merges.
+
+    A BERT's puts the end of a document before each text and after it, and has the mask token, with which it also pads.
+    """
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     bpe = tokenizer.bpe
@@ -61,6 +69,15 @@ def hugging_face_tokenizer(tokenizer: Tokenizer) -> Any:
         bpe = tokenizers.Tokenizer(models.BPE(vocab={**alphabet, END: tokenizer.end}, merges=[]))
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=END, bos_token=END, pad_token=END, clean_up_tokenization_spaces=False
-    )
+    how: dict[str, Any] = {"eos_token": END, "bos_token": END, "pad_token": END}
+    if isinstance(model, BERT):
+        bpe = tokenizers.Tokenizer.from_str(bpe.to_str())  # not the one that others hold
+        bpe.add_special_tokens([MASK])  # the number behind the others, as in training
+        bpe.post_processor = processors.TemplateProcessing(
+            single=f"{END} $A {END}",
+            pair=f"{END} $A {END} $B:1 {END}:1",
+            special_tokens=[(END, tokenizer.end)],
+        )
+        how |= {"cls_token": END, "sep_token": END, "mask_token": MASK, "pad_token": MASK}
+        how["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **how)

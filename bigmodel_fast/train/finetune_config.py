@@ -106,7 +106,7 @@ class FinetuneConfig:
     """The run.
 
     Args:
-        model: a local Hugging Face folder, or a run of pretrain (task causal).
+        model: a local Hugging Face folder, or a run of pretrain (objective clm or mlm).
         task: classify (a class for each text), tokens (a tag for each word), qa (answers within a context), causal
             (continue texts) or seq2seq (a target text for a source text).
         data: a CSV, TSV or JSONL file, or a folder of train and validation (or dev) files. null: snippets of the Python

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..models import GPT
+from ..models import BERT, GPT
 from .checkpoint import load_checkpoint
 from .errors import CheckpointError, ConfigError
 from .tasks import Task
@@ -20,12 +20,12 @@ CONFIG = "config.json"
 
 @dataclass
 class Pretrained:
-    """Where a model comes from: a folder in Hugging Face's format, or a GPT of ours with its tokenizer."""
+    """Where a model comes from: a folder in Hugging Face's format, or a GPT or BERT of ours with its tokenizer."""
 
     path: Path
     config: Any  # of transformers
     tokenizer: Any  # of transformers
-    gpt: GPT | None = None
+    own: GPT | BERT | None = None
 
     @classmethod
     def open(cls, model: str, task: str | None = None) -> "Pretrained":
@@ -65,14 +65,16 @@ class Pretrained:
     def _from_checkpoint(cls, path: Path) -> "Pretrained":
         try:
             checkpoint = load_checkpoint(path)
-            gpt, tokenizer = checkpoint.model(), checkpoint.tokenizer()
+            own, tokenizer = checkpoint.model(), checkpoint.tokenizer()
         except (CheckpointError, TypeError) as error:
             raise ConfigError(
-                f"model: {path} holds neither {CONFIG} (a Hugging Face folder) nor a checkpoint of a GPT: {error}"
+                f"model: {path} holds neither {CONFIG} (a Hugging Face folder) nor a checkpoint to read: {error}"
             ) from None
+        if not isinstance(own, GPT | BERT):
+            raise ConfigError(f"model: {path} is of objective {checkpoint.objective}; clm and mlm can be fine-tuned")
         from .export import hugging_face_config, hugging_face_tokenizer
 
-        return cls(path, hugging_face_config(gpt.config, tokenizer.end), hugging_face_tokenizer(tokenizer), gpt)
+        return cls(path, hugging_face_config(own, tokenizer.end), hugging_face_tokenizer(tokenizer, own), own)
 
     @property
     def labels(self) -> dict[int, str]:
@@ -108,13 +110,15 @@ class Pretrained:
             raise ConfigError(f"model: a {config.model_type} has no head for task {task.name} ({task.auto})")
         if random:
             return auto.from_config(config).float(), ["all"]
-        if self.gpt is not None:
+        if self.own is not None:
             from .export import hugging_face_state
 
             model = auto.from_config(config)
-            model.load_state_dict(hugging_face_state(self.gpt))
+            new, _ = model.load_state_dict(
+                hugging_face_state(self.own), strict=False
+            )  # another head may be left behind
             model.tie_weights()
-            return model, []
+            return model, sorted(new)
         try:
             model, info = auto.from_pretrained(
                 self.path, config=config, local_files_only=True, trust_remote_code=False, use_safetensors=True,
