@@ -71,9 +71,7 @@ def test_compile_of_one_tensor_as_two_arguments(call) -> None:
     torch._dynamo.reset()
     tensors = {"x": torch.randn(16, 16), "w": torch.randn(16, 16)}
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    (outputs, grads), (expected, expected_grads) = (
-        differentiate(f, tensors, {}, ("x",)) for f in (compiled, call)
-    )
+    (outputs, grads), (expected, expected_grads) = (differentiate(f, tensors, {}, ("x",)) for f in (compiled, call))
     assert_same(outputs, expected, "output")
     assert_same(grads.values(), expected_grads.values(), "gradient")
 
