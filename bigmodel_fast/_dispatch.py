@@ -20,11 +20,11 @@ _DTYPES = {
 # What an operator has to have, and how many of them: on CPU, plain torch is done with fewer before a kernel of ours is
 # called, or before weights are packed for it. Where forward and backward take as long, measured on an AMD EPYC (Zen 4).
 FEWEST: dict[str, tuple[int, str]] = {
-    "cross_entropy": (1 << 15, "logits"),
+    "cross_entropy": (1 << 16, "logits"),
     "dropout": (1 << 13, "elements"),
     "embedding": (1 << 13, "tokens, and no gradient"),
     "layer_norm": (1 << 17, "elements"),
-    "linear": (1 << 25, "multiply-adds in float32"),
+    "linear": (1 << 26, "multiply-adds in float32"),
     "linear_cross_entropy": (4, "tokens"),
     "rms_norm": (1 << 15, "elements, and no gradient"),
 }

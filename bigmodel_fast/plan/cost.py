@@ -124,9 +124,11 @@ def memory(shape: Shape, step: Step) -> Memory:
     activations: float = ends + shape.layers * block
     if step.recompute:
         activations = ends + shape.layers * t * (4 + e) * shape.width + block
-    chunk = min(t, max(FEWEST_TOKENS, LOGITS // (e * shape.vocab_size)))
+    lent = min(t, STATE * shape.width // e) if step.cpu else 0  # tokens whose logits lie where a gradient will be
+    chunk = min(t - lent, max(FEWEST_TOKENS, LOGITS // (e * shape.vocab_size)))
     block_of_classes = min(shape.vocab_size, BLOCK_CLASSES)  # whose gradients are made at a time
-    loss: float = chunk * (e * (shape.vocab_size + block_of_classes) + 4.0 * shape.width) + t * e * shape.width
+    loss: float = e * (chunk * shape.vocab_size + t * shape.width)
+    loss += max(lent, chunk) * (e * block_of_classes + 4.0 * shape.width)
     if shape.tied:  # the table's other gradient, until it is added
         loss += 4.0 * shape.table
     hidden = t * e * shape.hidden * (5 if shape.gated else 3)  # the hidden layer and its gradients as operands
