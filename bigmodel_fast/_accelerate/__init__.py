@@ -1,8 +1,8 @@
 """accelerate: our operators in a model that someone else wrote; restore: the model as it was.
 
-`swap.py` says how one module is replaced, `layers.py`, `transformer.py` and `hugging_face.py` hold the recipes. A
-recipe recognises modules by their forward or by what it computes (`probe.py`), never by a name alone. See
-docs/accelerate.md.
+`swap.py` says how one module is replaced, `layers.py`, `transformer.py`, `hugging_face.py` and a file for each other
+family hold the recipes. A recipe recognises modules by their forward or by what it computes (`probe.py`), never by a
+name alone. See docs/accelerate.md.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import hugging_face, interface, layers, swap, transformer
+from . import distilbert, hugging_face, interface, layers, swap, transformer
 from . import unpad as unpadding
 
 AREAS = ("attention", "mlp", "norm", "loss", "rotary", "unpad")
@@ -22,6 +22,7 @@ RECIPES: tuple[type[swap.Fast], ...] = (
     transformer.FastMultiheadAttention,
     layers.FastLayerNorm,
     layers.FastRMSNorm,
+    *distilbert.RECIPES,
     hugging_face.FastBertAttention,
     hugging_face.FastBertOutput,
     hugging_face.FastBertLayer,

@@ -1,6 +1,7 @@
 """Recipes for single layers: dense layers, dropout, embeddings, norms, MLPs of any name."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -148,10 +149,30 @@ class FastRMSNorm(Fast):
             return ops.rms_norm(x, weight, eps=eps)
 
 
+class Finish(NamedTuple):
+    """What a caller does with the output of a module: dropout, then a residual."""
+
+    residual: Tensor
+    dropout_p: float = 0.0
+
+    def after(self, y: Tensor) -> Tensor:
+        return ops.dropout(y, self.dropout_p, residual=self.residual) if self.dropout_p else self.residual + y
+
+
+def within(finish: Finish | None, dropout_p: float, product: Callable[..., Tensor]) -> Tensor:
+    """product(dropout_p=, residual=), by which a module ends, with what its caller does in it."""
+    if finish is None:
+        return product(dropout_p=dropout_p)
+    if dropout_p and finish.dropout_p:
+        return finish.after(product(dropout_p=dropout_p))
+    return product(dropout_p=dropout_p or finish.dropout_p, residual=finish.residual)
+
+
 class FastMLP(Fast):
     """Two dense layers with an activation between them, or three of which one is a gate, and dropout."""
 
     area = "mlp"
+    finishes = True
 
     @classmethod
     def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
@@ -170,7 +191,7 @@ class FastMLP(Fast):
             return "a gated MLP with biases"
         return {"activation": activation, "order": order, "inner": inner, "outer": outer}
 
-    def forward(self: Any, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor, bmf_finish: Finish | None = None) -> Tensor:
         how = plan(self)
         reason = swap.first_not_plain(self, _children(self, how["order"]))
         dropouts = [self._modules[name] for name in (*how["inner"], *how["outer"])]
@@ -179,11 +200,16 @@ class FastMLP(Fast):
         if type(x) is not Tensor:
             reason = f"called with a {type(x).__name__}"
         if not swap.note(self, reason):
-            return super().forward(x)  # type: ignore[misc]
+            y = super().forward(x)  # type: ignore[misc]
+            return y if bmf_finish is None else bmf_finish.after(y)
         layers = [self._modules[name] for name in how["order"]]
         inner = swap.active_dropout(*(self._modules[name] for name in how["inner"]))
         outer = swap.active_dropout(*(self._modules[name] for name in how["outer"]))
-        return dense_mlp(x, layers, how["activation"], inner, outer)
+
+        def product(dropout_p: float, residual: Tensor | None = None) -> Tensor:
+            return dense_mlp(x, layers, how["activation"], inner, dropout_p, residual)
+
+        return within(bmf_finish, outer, product)
 
 
 def dense_mlp(
