@@ -10,7 +10,7 @@ from .. import _dispatch, _library
 
 BUILT = bool(_library.build_info()["cuda"])
 if BUILT:
-    _dispatch.have_native_cuda(("attention", "attention_varlen"))
+    _dispatch.have_native_cuda(("attention", "attention_varlen", "mlp_fused"))
 
 
 def launch(name: str, *arguments: object) -> tuple[Tensor, ...]:

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._accelerate import accelerate
 from ..data import DataError, Images
 from ..models import MLP, ViT, ViTConfig
-from ..ops import cross_entropy
 from ..optim import AdamW, clip_grad_norm_, warmup_cosine
 from . import checkpoint as files
-from . import durable, setup
+from . import durable, setup, torchvision_models
 from .classification import Classification, classify, plot_confusion, plot_mistakes
 from .errors import CheckpointError, ConfigError, TrainError
 from .image_config import ImageTrainConfig
@@ -63,15 +63,8 @@ def make_model(config: ImageTrainConfig, images: Images) -> torch.nn.Module:
             return ViT(ViTConfig(classes, height, channels=channels, **dataclasses.asdict(config.vit)))
     except ValueError as error:
         raise ConfigError(str(error).replace("ViTConfig: ", "vit.").replace("MLP: ", "mlp.")) from None
-    import torchvision
-
-    name = config.model.removeprefix("torchvision/")
-    try:
-        return torchvision.models.get_model(name, weights=None, num_classes=classes)
-    except (ValueError, TypeError):
-        raise ConfigError(
-            f"model: torchvision has no classifier {name!r}; it has resnet18, mobilenet_v3_small, ..."
-        ) from None
+    last = len(images) % config.batch or config.batch
+    return torchvision_models.make(config.model, classes, height, width, {min(config.batch, len(images)), last})
 
 
 class ImageTrainer:
@@ -109,6 +102,7 @@ class ImageTrainer:
             raise DataError(f"--data {config.data}: the images or classes of train and test differ")
         torch.manual_seed(config.seed)
         self.model = make_model(config, self.train)
+        self.accelerated = accelerate(self.model) if self._from_torchvision else None
         self.optimizer = AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         if config.dtype == "auto":
             self.dtype = setup.pick_dtype("auto", torch.device("cpu")) if config.model == "vit" else "fp32"
@@ -200,8 +194,8 @@ class ImageTrainer:
         started = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bf16"):
-            logits = self.model(self._channels(images))
-        loss = cross_entropy(logits.float(), labels)
+            output = self.model(self._channels(images))
+        loss, logits = torchvision_models.losses(self.config.model, output, labels)
         loss.backward()
         if self.config.clip:
             clip_grad_norm_(self.model.parameters(), self.config.clip)
@@ -233,15 +227,20 @@ class ImageTrainer:
             self._save()
 
     def _channels(self, images: Tensor) -> Tensor:
-        grey = images.shape[1] == 1 and self.config.model.startswith("torchvision/")
+        grey = images.shape[1] == 1 and self._from_torchvision
         return images.expand(-1, 3, -1, -1) if grey else images
+
+    @property
+    def _from_torchvision(self) -> bool:
+        return self.config.model.startswith(torchvision_models.PREFIX)
 
     @torch.no_grad()
     def predict(self, images: Images) -> Tensor:
         """Logits [N, classes] in float32, of the model in evaluation mode."""
         self.model.eval()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bf16" and self.config.model != "mlp"):
-            return torch.cat([self.model(self._channels(x)).float() for x, _ in images.loader(256)])
+            batches = images.loader(self.config.batch if self._from_torchvision else 256)
+            return torch.cat([self.model(self._channels(x)).float() for x, _ in batches])
 
     def report(self) -> tuple[Classification, int]:
         """Judges the model on the test images; writes weights, figures and pictures to the run's folder.

@@ -6,9 +6,10 @@
 #pragma once
 #include <cstdint>
 
+#include "cuda/half.h"
+
 namespace bmf::cuda {
 
-enum class Half : int32_t { bfloat16, float16 };
 enum class BiasKind : int32_t { none, float32, bfloat16, float16, boolean };  // boolean: true where a key may be seen
 
 struct Operand {

@@ -1,4 +1,4 @@
-"""What nvcc makes of csrc/cuda: no kernel spills but one, and products run on tensor cores.
+"""What nvcc makes of csrc/cuda: no kernel spills but two, and products run on tensor cores.
 
 By default a kernel file for each of sm_80 and sm_90a; `BMF_COMPILE_ALL=1` compiles all files for both. Needs nvcc on
 PATH, and for the machine code cuobjdump: the toolkit's, or that of triton.
@@ -25,12 +25,25 @@ KERNELS = {  # how many of each name: dtypes, head dimensions, and whether they 
         "attention_key_gradients_kernel": 2 * 3 * 2,
         "attention_bias_gradient_kernel": 2 * 3,
     },
+    "mlp_fused_forward": {"mlp_fused_forward_kernel": 2 * 2},  # dtypes and widths
+    "mlp_fused_backward": {"mlp_fused_backward_kernel": 2 * 2, "mlp_fused_sum_kernel": 2},
 }
-# The one that is known to spill, and how many bytes at most: dK and dV of heads wider than 128 with all features.
-SPILLING = {"sm_90a": (re.compile(r"attention_key_gradients_kernel\w+Li256ELb1E"), 40)}
+# Those that are known to spill, with all features, and how many bytes at most: dK and dV of heads wider than 128, dQ of
+# those of at most 64.
+SPILLING = {
+    "sm_90a": (re.compile(r"(key_gradients_kernel\w+Li256E|query_gradient_kernel\w+Li64E)Lb1E"), 40),
+}
+BY_DEFAULT = {
+    "attention_forward": "sm_90a",
+    "attention_backward": "sm_80",
+    "mlp_fused_forward": "sm_80",
+    "mlp_fused_backward": "sm_90a",
+}
+WITHOUT_PRODUCTS = re.compile("attention_terms_kernel|mlp_fused_sum_kernel")
+ONE_KIND_OF_FRAGMENTS = {"bias_gradient": "MT88", "mlp_fused_forward": "MT88"}  # which of both a kernel does not load
 TARGETS = [
     (stem, arch)
-    for stem, by_default in (("attention_forward", "sm_90a"), ("attention_backward", "sm_80"))
+    for stem, by_default in BY_DEFAULT.items()
     for arch in ("sm_80", "sm_90a")
     if EVERYTHING or arch == by_default
 ]
@@ -103,11 +116,10 @@ def test_products_run_on_tensor_cores(compiled: Compiled) -> None:
     code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", text, re.DOTALL))
     assert code.keys() == {kernel.name for kernel in compiled.kernels}
     for name, instructions in code.items():
-        if "attention_terms_kernel" in name:  # has no product
+        if WITHOUT_PRODUCTS.search(name):
             continue
         product = "HMMA.16816.F32.BF16" if "4bf16" in name else r"HMMA.16816.F32 "
-        fragments = [r"LDSM\.16\.M88\.4 "]
-        if "bias_gradient" not in name:  # whose products are by transposed tiles only
-            fragments.append(r"LDSM\.16\.MT88\.4 ")
+        missing = [kind for part, kind in ONE_KIND_OF_FRAGMENTS.items() if part in name]
+        fragments = [rf"LDSM\.16\.{kind}\.4 " for kind in ("M88", "MT88") if kind not in missing]
         for used in (product, *fragments, r"LDGSTS\.E"):  # LDGSTS: tiles come asynchronously
             assert re.search(used, instructions), (name, used)
