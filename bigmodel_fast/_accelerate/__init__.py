@@ -13,7 +13,19 @@ import torch
 from torch import nn
 
 from .. import _dispatch
-from . import distilbert, hugging_face, interface, layers, projected, swap, swin, transformer, whisper
+from . import (
+    distilbert,
+    encoder_decoder,
+    hugging_face,
+    interface,
+    layers,
+    modernbert,
+    projected,
+    swap,
+    swin,
+    t5,
+    transformer,
+)
 from . import unpad as unpadding
 
 AREAS = ("attention", "mlp", "norm", "loss", "rotary", "unpad")
@@ -25,6 +37,9 @@ RECIPES: tuple[type[swap.Fast], ...] = (
     layers.FastLayerNorm,
     layers.FastNorm,
     *distilbert.RECIPES,
+    *modernbert.RECIPES,
+    *t5.RECIPES,
+    *encoder_decoder.RECIPES,
     hugging_face.FastBertAttention,
     hugging_face.FastBertOutput,
     hugging_face.FastBertLayer,
@@ -34,8 +49,6 @@ RECIPES: tuple[type[swap.Fast], ...] = (
     unpadding.FastAttentionBlock,
     hugging_face.FastLlamaAttention,
     hugging_face.FastLanguageModel,
-    whisper.FastWhisperModel,
-    whisper.FastWhisperLayer,
     projected.FastProjectedAttention,
     swin.FastShiftedWindowAttention,
     layers.FastMLP,

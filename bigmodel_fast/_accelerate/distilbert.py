@@ -75,7 +75,7 @@ class FastTransformer(FastEncoder):
         return {} if _is(module, "Transformer") else None
 
     def _takes_first(self, layer: Any) -> bool:
-        return isinstance(layer, FastBlock) and isinstance(layer.attention, FastAttention)
+        return swap.is_fast(layer) and isinstance(layer.attention, FastAttention)
 
 
 RECIPES = (FastAttention, FastBlock, FastTransformer)

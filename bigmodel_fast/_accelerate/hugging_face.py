@@ -49,7 +49,9 @@ MASKED_MODELS = (
     "CamembertForMaskedLM",
     "DistilBertForMaskedLM",
     "ElectraForMaskedLM",
+    "ModernBertForMaskedLM",
 )
+COUNTING = ("ModernBertForMaskedLM",)  # masked models whose loss is divided by num_items_in_batch too
 
 
 class FastBertAttention(Fast):
@@ -85,7 +87,7 @@ class FastLlamaAttention(Fast):
         if not interface.is_class(module, LLAMA_ATTENTIONS):
             return None
         rotate = getattr(sys.modules[swap.original_class(module).__module__], "apply_rotary_pos_emb", None)
-        if not _rotates_halves(rotate):
+        if not rotates_halves(rotate):
             return "its rotary function is not the one that is known"
         return linears(module, ("q_proj", "k_proj", "v_proj", "o_proj")) or {}
 
@@ -122,7 +124,7 @@ class FastLlamaAttention(Fast):
         return ops.linear(y.flatten(2), self.o_proj.weight, self.o_proj.bias), weights
 
 
-def _rotates_halves(rotate: Callable | None) -> bool:
+def rotates_halves(rotate: Callable | None) -> bool:
     """Whether a function of (query, key, cos, sin) does what ops.rotary does."""
     if rotate is None:
         return False
@@ -229,10 +231,10 @@ class FastLanguageModel(Fast):
         causal = interface.is_class(module, CAUSAL_MODELS)
         if not causal and not interface.is_class(module, MASKED_MODELS):
             return None
-        return _head_reason(module) or {"causal": causal}
+        return _head_reason(module) or {"causal": causal, "counts": causal or interface.is_class(module, COUNTING)}
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        causal = plan(self)["causal"]
+        how = plan(self)
         labels = kwargs.get("labels")
         keeps = kwargs.get("logits_to_keep", 0)
         wanted = self.training and not torch.compiler.is_compiling()
@@ -243,11 +245,11 @@ class FastLanguageModel(Fast):
             labels is None
             or not wanted
             or not whole
-            or not swap.note(self, _head_reason(self) or _loss_reason(self, causal))
+            or not swap.note(self, _head_reason(self) or _loss_reason(self, how))
         ):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         loss_options = {name: kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels", "ignore_index")}
-        unpadded = not causal and not args[1:] and labels_ignore_padding(labels, kwargs.get("attention_mask"))
+        unpadded = not how["causal"] and not args[1:] and labels_ignore_padding(labels, kwargs.get("attention_mask"))
         asked = asked_by(self, "tokens") if unpadded else {}
         head, inputs = self.get_output_embeddings(), []
 
@@ -260,7 +262,7 @@ class FastLanguageModel(Fast):
             outputs = super().forward(*args, **{**kwargs, **asked, "labels": None})  # type: ignore[misc]
         finally:
             hook.remove()
-        loss = _loss(self, head, inputs[0], labels, causal, **loss_options)
+        loss = _loss(self, head, inputs[0], labels, how, **loss_options)
         others = {name: value for name, value in outputs.items() if name not in ("loss", "logits")}
         return type(outputs)(loss=loss, **others)
 
@@ -270,11 +272,14 @@ def _head_reason(module: Any) -> str | None:
     return swap.first_not_plain(module, (("the output layer", head, nn.Linear.forward),))
 
 
-def _loss_reason(module: Any, causal: bool) -> str | None:
-    if causal:
-        from transformers.loss.loss_utils import ForCausalLMLoss
+def _loss_reason(module: Any, how: dict[str, Any]) -> str | None:
+    if getattr(module, "sparse_prediction", False):
+        return "sparse_prediction, by which the model itself computes no other logits"
+    if how["counts"]:
+        from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
-        return None if module.loss_function is ForCausalLMLoss else "a loss function of its own"
+        usual = module.loss_function is (ForCausalLMLoss if how["causal"] else ForMaskedLMLoss)
+        return None if usual else "a loss function of its own"
     own = getattr(module, "mlm_loss_fct", None)  # DistilBERT's
     usual = own is None or (type(own) is nn.CrossEntropyLoss and own.weight is None and own.label_smoothing == 0)
     return None if usual else "a loss function of its own"
@@ -285,22 +290,24 @@ def _loss(
     head: Any,
     hidden: Tensor,
     labels: Tensor,
-    causal: bool,
+    how: dict[str, Any],
     num_items_in_batch: Any,
     shift_labels: Tensor | None,
     ignore_index: int | None,
 ) -> Tensor:
     """transformers' loss: of the next token (divided by num_items_in_batch, if given) or of the masked ones."""
-    ignored = -100 if ignore_index is None or not causal else ignore_index
+    causal, counts = how["causal"], how["counts"]
+    ignored = -100 if ignore_index is None or not counts else ignore_index
     target = labels
     if causal:
         target = F.pad(labels, (0, 1), value=ignored)[..., 1:] if shift_labels is None else shift_labels
-    counted = causal and num_items_in_batch is not None
+    fixed_bias = getattr(module, "final_logits_bias", None)  # BART's
+    counted = counts and num_items_in_batch is not None
     loss = ops.linear_cross_entropy(
         hidden,
         head.weight,
         target.to(hidden.device, torch.int64).reshape(hidden.shape[:-1]),
-        bias=head.bias,
+        bias=head.bias if fixed_bias is None else fixed_bias[0],
         ignore_index=ignored,
         softcap=getattr(module.config, "final_logit_softcapping", None) if causal else None,
         reduction="sum" if counted else "mean",

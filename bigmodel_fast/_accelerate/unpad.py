@@ -15,12 +15,13 @@ from .swap import Fast, plan
 
 # Classes whose forward is the one these recipes know; transformers writes them as copies of the first.
 PREFIXES = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
+OTHERS = ("DistilBert", "ModernBert")  # whose heads are the same
 FIRST_TOKEN_HEADS = (
-    *(f"{prefix}ForSequenceClassification" for prefix in (*PREFIXES, "DistilBert")),
-    *(f"{prefix}ForMultipleChoice" for prefix in (*PREFIXES, "DistilBert") if prefix != "Electra"),
+    *(f"{prefix}ForSequenceClassification" for prefix in (*PREFIXES, *OTHERS)),
+    *(f"{prefix}ForMultipleChoice" for prefix in (*PREFIXES, *OTHERS) if prefix != "Electra"),
     "BertForNextSentencePrediction",
-)
-TOKEN_HEADS = tuple(f"{prefix}ForTokenClassification" for prefix in (*PREFIXES, "DistilBert", "ModernBert"))
+)  # ModernBERT's may take the mean of all tokens but padding
+TOKEN_HEADS = tuple(f"{prefix}ForTokenClassification" for prefix in (*PREFIXES, *OTHERS))
 
 READS = "bmf_reads"  # a keyword from a head to its encoder: "first" (token) or "tokens" (those that are not padding)
 FIRST = "bmf_first"  # a keyword to the last layer: only the first token of each sequence is asked for
@@ -81,7 +82,7 @@ class FastEncoderModel(Fast):
             return super().forward(input_ids, attention_mask, *args, **kwargs)  # type: ignore[misc]
         present = _padded(input_ids, attention_mask, always)
         if present is None:
-            return self._run(reads, input_ids, attention_mask, **kwargs)
+            return self._run(reads, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         positions = kwargs.pop("position_ids", None)
         given = {
             "input_ids": input_ids,
@@ -91,9 +92,9 @@ class FastEncoderModel(Fast):
         packed = {name: t.expand_as(present)[present][None] for name, t in given.items() if t is not None}
         return self._run(reads, attention_mask=packing.make_mask(present), **packed, **kwargs)
 
-    def _run(self: Any, reads: str, *args: Any, **kwargs: Any) -> Any:
-        """Its encoder pads."""
-        return super().forward(*args, **kwargs, **{READS: reads})  # type: ignore[misc]
+    def _run(self: Any, reads: str, **kwargs: Any) -> Any:
+        """The model's own forward, whose encoder pads."""
+        return super().forward(**kwargs, **{READS: reads})  # type: ignore[misc]
 
     def _unusual(self: Any, input_ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if input_ids is None or input_ids.dim() != 2 or any(a is not None for a in args):
@@ -113,7 +114,7 @@ class FastEncoderModel(Fast):
     def _layers(self: Any) -> tuple[str, nn.Module | None]:
         """The module that holds the layers, if it takes packed batches, and its name."""
         name = "transformer" if "transformer" in self._modules else "encoder"
-        module = self._modules[name]
+        module: nn.Module = self._modules[name]
         return name, module if isinstance(module, FastEncoder) else None
 
 
@@ -122,7 +123,9 @@ def _padded(input_ids: Any, attention_mask: Tensor | None, wait: bool) -> Tensor
 
     On a GPU only if one may `wait` for the answer.
     """
-    if attention_mask is None or attention_mask.shape != input_ids.shape or not (attention_mask.is_cpu or wait):
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
+        return None
+    if not (attention_mask.is_cpu or wait):
         return None
     present = attention_mask != 0
     lengths = present.sum(1, keepdim=True)
