@@ -33,7 +33,7 @@ BART = {
     "vocab_size": VOCABULARY, "d_model": 24, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 3,
     "decoder_attention_heads": 3, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "max_position_embeddings": 32,
     "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None,
+    "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None, "scale_embedding": True,
 }  # fmt: skip
 T5_KINDS = {"T5Attention", "T5LayerSelfAttention", "T5LayerCrossAttention", "T5LayerFF", "T5LayerNorm"}
 # Class of the model, its configuration, classes that must be accelerated.
@@ -47,7 +47,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "bart": (
         "BartForConditionalGeneration",
         BART,
-        {"BartAttention", "BartEncoderLayer", "BartDecoderLayer", "BartForConditionalGeneration", "LayerNorm"},
+        {
+            "BartAttention",
+            "BartEncoderLayer",
+            "BartDecoderLayer",
+            "BartForConditionalGeneration",
+            "LayerNorm",
+            "BartScaledWordEmbedding",
+        },
     ),
 }
 LAYER = {

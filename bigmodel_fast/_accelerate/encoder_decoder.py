@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import interface, probe, swap
 from .hugging_face import FastLanguageModel
-from .layers import Finish, dense_mlp
+from .layers import FastEmbedding, Finish, dense_mlp
 from .projections import finished, linears
 from .swap import Fast, plan
 
@@ -140,4 +140,24 @@ def _shifted(model: Any, labels: Tensor) -> Tensor:
     return shift_tokens_right(labels, model.config.pad_token_id, model.config.decoder_start_token_id)
 
 
-RECIPES = (FastModel, FastLayer)
+class FastScaledEmbedding(FastEmbedding):
+    """Rows of a table times a number; their gradient is written once."""
+
+    @classmethod
+    def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
+        if not isinstance(module, nn.Embedding) or "embed_scale" not in module.__dict__:
+            return None
+        small = probe.small_copy(module, {"weight": probe.draw((module.padding_idx or 0) + 3, 6)}, {})
+        token: Any = torch.arange(3)
+        if not probe.same(probe.run(small, token), small.weight[token] * module.embed_scale):  # type: ignore[index, operator]
+            return "a forward of its own"
+        return cls._unusual(module) or {}
+
+    def forward(self: Any, input_ids: Tensor) -> Tensor:
+        rows = self._rows(input_ids)
+        if rows is None:
+            return super(FastEmbedding, self).forward(input_ids)  # type: ignore[misc]
+        return rows if self.embed_scale == 1.0 else rows * self.embed_scale
+
+
+RECIPES = (FastModel, FastLayer, FastScaledEmbedding)

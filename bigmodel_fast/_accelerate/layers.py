@@ -79,13 +79,21 @@ class FastEmbedding(Fast):
             return None
         if swap.original_class(module).forward is not nn.Embedding.forward:
             return "a subclass of Embedding with a forward of its own"
-        if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
-            return "max_norm, sparse or scale_grad_by_freq"
-        return {}
+        return cls._unusual(module) or {}
+
+    @staticmethod
+    def _unusual(module: nn.Embedding) -> str | None:
+        usual = module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
+        return None if usual else "max_norm, sparse or scale_grad_by_freq"
 
     def forward(self: Any, token: Tensor) -> Tensor:
+        rows = self._rows(token)
+        return super().forward(token) if rows is None else rows  # type: ignore[misc]
+
+    def _rows(self: Any, token: Tensor) -> Tensor | None:
+        """The rows of some tokens; None where the original has to look them up."""
         if swap.unusual(self) or type(token) is not Tensor or token.dtype is not torch.int64:
-            return super().forward(token)  # type: ignore[misc]
+            return None
         out = ops.embedding(token, self.weight)
         if self.padding_idx is not None and out.requires_grad:
             padding = (token == self.padding_idx).unsqueeze(-1)

@@ -72,7 +72,7 @@ class FastProjectedAttention(Fast):
             (q,) = project(hidden_states, layers[:1], self.head_dim)
             k, v = project(states, layers[1:], self.head_dim)
         if cache is not None:
-            k, v = keep(cache, k, v, self.layer_idx, states is not None)
+            keep(cache, k, v, self.layer_idx, states is not None)
         p = getattr(self, how["dropout"]) if self.training and how["dropout"] else 0.0
         y, weights = interface.attention_forward(
             self, q, k, v, mask, dropout=p, scaling=getattr(self, how["scale"]), **given
@@ -105,8 +105,9 @@ def is_empty(cache: Any, layer: int, cross: bool) -> bool:
     return type(used).__name__ == "DynamicCache" and used.get_seq_length(layer) == 0
 
 
-def keep(cache: Any, key: Tensor, value: Tensor, layer: int, cross: bool) -> tuple[Tensor, Tensor]:
-    return _layers(cache, layer, cross, fill=True).update(key, value, layer)
+def keep(cache: Any, key: Tensor, value: Tensor, layer: int, cross: bool) -> None:
+    """Puts a layer's first keys and values into a cache, which takes copies of them."""
+    _layers(cache, layer, cross, fill=True).update(key, value, layer)
 
 
 # ---- what a forward is ----

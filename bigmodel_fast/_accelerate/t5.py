@@ -52,7 +52,7 @@ class FastAttention(Fast):
         else:
             q, k, v = project(hidden_states, layers, head_dim)
         if cache is not None:
-            k, v = keep(cache, k, v, self.layer_idx, crosses)
+            keep(cache, k, v, self.layer_idx, crosses)
         if position_bias is None and self.has_relative_attention_bias:
             position_bias = self.compute_bias(q.shape[2], k.shape[2], device=q.device)
         options = {"dropout": self.dropout if self.training else 0.0, "scaling": self.scaling, **kwargs}
