@@ -118,3 +118,12 @@ def test_a_subclass_with_a_forward_of_its_own_is_left_alone() -> None:
     model = seeded(ShiftedWindowAttention, 12, [4, 4], [2, 2], 3)
     left = {row.kind: row.why for row in bmf.accelerate(model).left}
     assert left == {"ShiftedWindowAttention": "a forward of its own"}
+
+
+def test_windows_compile_in_one_graph() -> None:
+    model = seeded(swin.ShiftedWindowAttention, 12, [4, 4], [2, 2], 3)
+    bmf.accelerate(model)
+    x = draw(2, 6, 6, 12)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()

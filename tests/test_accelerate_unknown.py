@@ -1,5 +1,7 @@
 """bmf.accelerate on models nobody has heard of: what is recognised by what it computes, and look-alikes left alone."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,17 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.drop(self.act(self.up(x))))
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class QuickMLP(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = QuickGELU()
 
 
 class ActivationFirst(MLP):
@@ -117,7 +130,31 @@ class TrainingNorm(LayerNorm):
         return super().forward(x) * (2.0 if self.training else 1.0)
 
 
-RECOGNISED = {"mlp": MLP, "norm": LayerNorm, "norm by hand": ByHand, "scale": Scale}
+class TwoDrops(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(super().forward(x))
+
+
+class SharedDrop(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(super().forward(x))
+
+
+class DropsByANumber(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.down(self.act(self.up(x))), self.drop.p, self.training)
+
+
+class DropsTwice(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.drop(self.down(self.act(self.up(x)))))
+
+
+RECOGNISED = {"mlp": MLP, "quick_gelu": QuickMLP, "norm": LayerNorm, "norm by hand": ByHand, "scale": Scale}
 NORM = "its forward does not compute a norm that is known"
 OTHER = "two dense layers, but not an MLP that is known"
 LOOK_ALIKES = {
@@ -128,6 +165,8 @@ LOOK_ALIKES = {
     LearnedActivation: "act has parameters",
     Twice: OTHER,
     Noisy: "drops by other means than its children",
+    DropsByANumber: "drops by other means than its children",
+    DropsTwice: "a dropout where an MLP has none",
     DropsItsInput: "a dropout where an MLP has none",
     UnbiasedNorm: NORM,
     EpsOutsideNorm: NORM,
@@ -142,6 +181,23 @@ def test_what_computes_it_is_replaced(name: str, dtype: str) -> None:
     report, _ = assert_same_model(seeded(RECOGNISED[name]), outputs_of(draw(B, S, E)), dtype)
     assert report.rows[0].accelerated
     assert not report.left
+
+
+@pytest.mark.parametrize("module", [QuickMLP, MLP, TwoDrops, SharedDrop], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_dropouts_are_where_they_were(module: type, bias: bool) -> None:
+    """Without a bias nothing is left of an MLP whose hidden layer is dropped, as if its output were."""
+    model = seeded(module)
+    for dropout in [m for m in model.modules() if isinstance(m, nn.Dropout)]:
+        dropout.p = 0.3
+    model.down.bias = model.down.bias if bias else None
+    fast = copy.deepcopy(model).train()
+    assert bmf.accelerate(fast).rows[0].accelerated
+    x = draw(1, S, E).expand(3000, S, E)
+    with torch.no_grad():
+        (m1, s1), (m2, s2) = ((y.mean(0), y.std(0)) for y in (model.train()(x), fast(x)))
+    assert ((m1 - m2).abs() <= 5 * s1 * (2 / 3000) ** 0.5).all()
+    torch.testing.assert_close(s1, s2, rtol=0.15, atol=0)
 
 
 def test_a_norm_without_bias_is_replaced() -> None:

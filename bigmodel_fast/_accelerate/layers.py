@@ -11,6 +11,8 @@ from . import probe, swap
 from .conv1d import conv1d, conv1d_mlp
 from .swap import Fast, plan
 
+QUICK_GELU = "quick_gelu"  # x sigmoid(1.702 x)
+
 
 def _is_conv1d(module: nn.Module) -> bool:
     """transformers' dense layer with a weight [in, out]."""
@@ -208,6 +210,8 @@ class FastMLP(Fast):
             return reason
         if len(order) == 3 and any(layers[name].bias is not None for name in order):
             return "a gated MLP with biases"
+        if activation == QUICK_GELU and (len(order) == 3 or _is_conv1d(layers[order[0]])):
+            return "an activation that is not known here"
         return {"activation": activation, "order": order, "inner": inner, "outer": outer}
 
     def forward(self: Any, x: Tensor, bmf_finish: Finish | None = None) -> Tensor:
@@ -235,6 +239,8 @@ def dense_mlp(
     x: Tensor, layers: list[Any], activation: str, inner: float, outer: float, residual: Tensor | None = None
 ) -> Tensor:
     """dropout(second(dropout(activation(first(x))))) + residual; of three layers the first two are gate and up."""
+    if activation == QUICK_GELU:
+        return _quick_gelu_mlp(x, *layers, inner, outer)
     if len(layers) == 2 and all(_is_conv1d(layer) for layer in layers):
         return conv1d_mlp(x, layers, activation, inner, outer, residual)
     weights = [weight_of(layer) for layer in layers]
@@ -251,6 +257,18 @@ def dense_mlp(
         return ops.mlp(x, weights[0], first.bias, weights[1], second.bias, activation=activation, **finish)
     hidden = ops.linear(x, weights[0], first.bias, activation=activation, dropout_p=inner)
     return ops.linear(hidden, weights[1], second.bias, **finish)
+
+
+def _quick_gelu_mlp(x: Tensor, first: Any, second: Any, inner: float, outer: float) -> Tensor:
+    """x sigmoid(c x) is silu(c x) / c: the input is multiplied by c and the output divided, which are narrow."""
+    c, bias = 1.702, first.bias if first.bias is None else first.bias * 1.702
+    if inner:
+        hidden = ops.linear(x * c, first.weight, bias, activation="silu", dropout_p=inner)
+        y = ops.linear(hidden, second.weight)
+    else:
+        y = ops.mlp(x * c, first.weight, bias, second.weight, None, activation="silu")
+    y = y / c if second.bias is None else torch.add(second.bias.to(y.dtype), y, alpha=1 / c)
+    return ops.dropout(y, outer) if outer else y
 
 
 def _children(module: Any, order: Any) -> tuple[tuple[str, nn.Module, Any], ...]:

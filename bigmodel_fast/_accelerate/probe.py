@@ -11,6 +11,7 @@ from ..ops._activation import _FUNCTIONS
 
 _WIDTH, _HIDDEN = 6, 10
 _CLOSE = 1e-6  # some forwards compute in float32
+_QUICK_GELU: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 _EPS = (1e-5, 1e-6, 1e-8, 1e-12)  # of norms that say theirs in their forward only
 
 
@@ -62,6 +63,22 @@ def activation(function: Callable | None) -> str | None:
     except Exception:
         return None
     return next((name for name, known in _FUNCTIONS.items() if same(y, known(x))), None)
+
+
+class Dropout(nn.Dropout):
+    """Drops nothing, and remembers what it was given; whoever reads its p and drops by that is found out."""
+
+    def __init__(self) -> None:
+        super().__init__(0.5)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.clone())
+        return x
+
+    def places(self, *values: Tensor) -> list[int | None]:
+        """Which of these values it was given, call by call; None for another one."""
+        return [next((i for i, value in enumerate(values) if same(x, value)), None) for x in self.seen]
 
 
 def small_copy(module: nn.Module, parameters: dict[str, Tensor], children: dict[str, nn.Module]) -> nn.Module:
@@ -140,7 +157,7 @@ def mlp(
         with parameters, it always is); or None if it does not run as an MLP would.
     """
     dropouts = [name for name, child in module.named_children() if isinstance(child, nn.Dropout)]
-    quiet: dict[str, nn.Module] = {name: nn.Dropout(0.0) for name in dropouts}
+    quiet: dict[str, Any] = {name: Dropout() for name in dropouts}
     quiet |= {name: small_copy(child, _as_drawn(child), {}) for name, child in others.items()}
     own = {name: p for name, p in _as_drawn(module).items() if p.numel() == 1}
     x, runs = draw(1, 4, _WIDTH), False
@@ -150,32 +167,27 @@ def mlp(
         if len(first) == 2:  # the two must differ
             small[first[1]]._parameters["weight"] = draw(_HIDDEN + 1, _WIDTH)[1:].neg()  # type: ignore[assignment]
         small[last] = _role(layers[last], transposed, _HIDDEN, _WIDTH)
+        for name in dropouts:
+            quiet[name].seen.clear()
         y = run(small_copy(module, own, {**small, **quiet}), x)
         if not isinstance(y, Tensor) or y.shape != x.shape:
             continue
         runs = True
-        for name, function in _FUNCTIONS.items():
+        for function_name, function in {**_FUNCTIONS, **_QUICK_GELU}.items():
             hidden = function(_linear(small[first[0]], transposed, x))
             if len(first) == 2:
                 hidden = hidden * _linear(small[first[1]], transposed, x)
             if others or own or not same(y, _linear(small[last], transposed, hidden)):
                 continue
-            inner, outer = [], []
-            dropped = _linear(small[last], transposed, torch.zeros_like(hidden))
-            noisy = small_copy(module, {}, {**small, **quiet})
-            noisy.training = True
-            if not same(run(noisy, x), y):
+            found = [(name, place) for name in dropouts for place in quiet[name].places(hidden, y)]
+            if any(place is None for _, place in found) or len({place for _, place in found}) < len(found):
+                return "a dropout where an MLP has none"
+            tried = small_copy(module, {}, {**small, **quiet})
+            tried.training = True
+            if not same(run(tried, x), y):
                 return "drops by other means than its children"
-            for dropout in dropouts:
-                everything = small_copy(module, {}, {**small, **quiet, dropout: nn.Dropout(1.0)})
-                z = run(everything, x)
-                if same(z, torch.zeros_like(y)):
-                    outer.append(dropout)
-                elif same(z, dropped):
-                    inner.append(dropout)
-                else:
-                    return "a dropout where an MLP has none"
-            return (name, order, inner, outer) if len(inner) < 2 and len(outer) < 2 else "two dropouts at one place"
+            inner, outer = ([name for name, place in found if place == i] for i in range(2))
+            return function_name, order, inner, outer
     if runs and (others or own):
         return f"{next(iter({**others, **own}))} has parameters"
     return f"{'two' if len(layers) == 2 else 'three'} dense layers, but not an MLP that is known" if runs else None
