@@ -103,6 +103,13 @@ def test_autocast(name: str, padding: str) -> None:
     assert_same_model(make(name), loss_of(**inputs(name, padding)), "bf16")
 
 
+@pytest.mark.parametrize("activation", ["relu", "quick_gelu", "mish"])
+def test_activations(activation: str) -> None:
+    """The residual is added, be the MLP one operator, two, or its own forward."""
+    for name, option in (("DistilBertForMaskedLM", "activation"), ("ModernBertForMaskedLM", "hidden_activation")):
+        assert_same_model(make(name, **{option: activation}), loss_of(**inputs(name)), "fp32")
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_pooling(pooling: str) -> None:
     """ModernBERT's classifier reads the first token, or the mean of those that are no padding."""

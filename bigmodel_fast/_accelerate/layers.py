@@ -171,11 +171,13 @@ class FastNorm(Fast):
 class Finish(NamedTuple):
     """What a caller does with the output of a module: dropout, then a residual."""
 
-    residual: Tensor
+    residual: Tensor | None
     dropout_p: float = 0.0
 
     def after(self, y: Tensor) -> Tensor:
-        return ops.dropout(y, self.dropout_p, residual=self.residual) if self.dropout_p else self.residual + y
+        if self.dropout_p:
+            return ops.dropout(y, self.dropout_p, residual=self.residual)
+        return y if self.residual is None else self.residual + y
 
 
 def within(finish: Finish | None, dropout_p: float, product: Callable[..., Tensor]) -> Tensor:
@@ -240,7 +242,7 @@ def dense_mlp(
 ) -> Tensor:
     """dropout(second(dropout(activation(first(x))))) + residual; of three layers the first two are gate and up."""
     if activation == QUICK_GELU:
-        return _quick_gelu_mlp(x, *layers, inner, outer)
+        return _quick_gelu_mlp(x, *layers, inner, Finish(residual, outer))
     if len(layers) == 2 and all(_is_conv1d(layer) for layer in layers):
         return conv1d_mlp(x, layers, activation, inner, outer, residual)
     weights = [weight_of(layer) for layer in layers]
@@ -259,7 +261,7 @@ def dense_mlp(
     return ops.linear(hidden, weights[1], second.bias, **finish)
 
 
-def _quick_gelu_mlp(x: Tensor, first: Any, second: Any, inner: float, outer: float) -> Tensor:
+def _quick_gelu_mlp(x: Tensor, first: Any, second: Any, inner: float, finish: Finish) -> Tensor:
     """x sigmoid(c x) is silu(c x) / c: the input is multiplied by c and the output divided, which are narrow."""
     c, bias = 1.702, first.bias if first.bias is None else first.bias * 1.702
     if inner:
@@ -268,7 +270,7 @@ def _quick_gelu_mlp(x: Tensor, first: Any, second: Any, inner: float, outer: flo
     else:
         y = ops.mlp(x * c, first.weight, bias, second.weight, None, activation="silu")
     y = y / c if second.bias is None else torch.add(second.bias.to(y.dtype), y, alpha=1 / c)
-    return ops.dropout(y, outer) if outer else y
+    return finish.after(y)
 
 
 def _children(module: Any, order: Any) -> tuple[tuple[str, nn.Module, Any], ...]:
