@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import bigmodel_fast as bmf
 from bigmodel_fast import ops
+from bigmodel_fast._accelerate.layers import Finish, within
 
 transformers = pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed")
 
@@ -346,6 +347,18 @@ def test_dropout_is_at_work_in_training_only(name: str, dropouts: dict[str, floa
     assert s1.min() > 0
     assert ((m1 - m2).abs() / (s1 * (2 / rows) ** 0.5)).max() < 6
     torch.testing.assert_close(s1, s2, rtol=0.2, atol=0)
+
+
+def test_dropout_of_a_module_and_of_its_caller() -> None:
+    """Both are at work where a module that drops its output is given the dropout and the residual behind it."""
+    x, residual = torch.ones(500, 64), torch.full((500, 64), 7.0)
+
+    def product(**how: Any) -> Tensor:
+        return ops.linear(x, torch.eye(64), **how)
+
+    y = within(Finish(residual, 0.5), 0.5, product) - residual
+    assert set(y.unique().tolist()) == {0.0, 4.0}
+    assert abs(y.mean().item() - 1.0) < 0.06
 
 
 # ---- a real model ----
