@@ -248,6 +248,9 @@ def test_what_is_asked_for_of_every_layer_has_its_padding(family: str, option: s
     asked = option.removeprefix("output_")
     assert len(found[asked]) == len(stock[asked])
     for a, b in zip(found[asked], stock[asked], strict=True):
+        assert a.shape == b.shape
+        if option == "output_hidden_states":  # padding outside of a window sees no key
+            a, b = a[RIGHT.bool()], b[RIGHT.bool()]
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert (f"accelerate: {family}Model", f"{option}=True asks for what padding makes") in explained()
     model(**inputs(name))  # transformers leaves its own hooks behind
@@ -270,7 +273,9 @@ def test_hooks_see_what_they_saw(family: str, inner: str, dense: str) -> None:
             lambda m, i, y, seen=seen: seen.append(y[0] if isinstance(y, tuple) else y)
         )
         m(**inputs(name))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert found[0].shape == expected[0].shape
+    here = RIGHT.bool()
+    torch.testing.assert_close(found[0][here], expected[0][here], rtol=1e-4, atol=1e-4)
     fast.get_submodule(inner)._forward_hooks.clear()
     seen: list[int] = []
     fast.get_submodule(f"{inner}.{dense}").register_forward_hook(lambda *_: seen.append(1))

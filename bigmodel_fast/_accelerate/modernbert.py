@@ -125,10 +125,9 @@ class FastModel(FastEncoderModel):
     def _layers(self: Any) -> tuple[str, nn.Module | None]:
         return "layers", self.layers
 
-    def _run(self: Any, reads: str, **kwargs: Any) -> Any:
+    def _run(self: Any, reads: str, mask: Tensor | None, **kwargs: Any) -> Any:
         outputs = super(FastEncoderModel, self).forward(**kwargs)  # type: ignore[misc]
-        mask = kwargs["attention_mask"]
-        if packing.boundaries(mask) is None:
+        if mask is None:
             return outputs
         if isinstance(outputs, tuple):
             return packing.pad(outputs[0], mask), *outputs[1:]

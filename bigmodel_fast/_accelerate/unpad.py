@@ -82,7 +82,7 @@ class FastEncoderModel(Fast):
             return super().forward(input_ids, attention_mask, *args, **kwargs)  # type: ignore[misc]
         present = _padded(input_ids, attention_mask, always)
         if present is None:
-            return self._run(reads, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            return self._run(reads, None, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         positions = kwargs.pop("position_ids", None)
         given = {
             "input_ids": input_ids,
@@ -90,10 +90,11 @@ class FastEncoderModel(Fast):
             "token_type_ids": kwargs.pop("token_type_ids", None),
         }
         packed = {name: t.expand_as(present)[present][None] for name, t in given.items() if t is not None}
-        return self._run(reads, attention_mask=packing.make_mask(present), **packed, **kwargs)
+        mask = packing.make_mask(present)
+        return self._run(reads, mask, attention_mask=mask, **packed, **kwargs)
 
-    def _run(self: Any, reads: str, **kwargs: Any) -> Any:
-        """The model's own forward, whose encoder pads."""
+    def _run(self: Any, reads: str, mask: Tensor | None, **kwargs: Any) -> Any:
+        """The model's own forward, whose encoder pads. mask: that of a packed batch."""
         return super().forward(**kwargs, **{READS: reads})  # type: ignore[misc]
 
     def _unusual(self: Any, input_ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
