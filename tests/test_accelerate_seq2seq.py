@@ -80,6 +80,7 @@ def make(family: str, **changes: Any) -> nn.Module:
 def loss_of(**inputs: Any):
     def call(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
         loss = model(TOKENS, **inputs).loss
+        assert loss.isfinite()
         return {"loss": loss}, loss
 
     return call
