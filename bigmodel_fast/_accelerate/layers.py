@@ -242,7 +242,7 @@ def dense_mlp(
 ) -> Tensor:
     """dropout(second(dropout(activation(first(x))))) + residual; of three layers the first two are gate and up."""
     if activation == QUICK_GELU:
-        return _quick_gelu_mlp(x, *layers, inner, Finish(residual, outer))
+        return _quick_gelu_mlp(x, layers[0], layers[1], inner, Finish(residual, outer))
     if len(layers) == 2 and all(_is_conv1d(layer) for layer in layers):
         return conv1d_mlp(x, layers, activation, inner, outer, residual)
     weights = [weight_of(layer) for layer in layers]
