@@ -73,7 +73,7 @@ def results_of(model: nn.Module, batch: Batch, dtype: str) -> Results:
     layers: dict[str, list[Tensor]] = {}
     for name, p in model.named_parameters():
         if p.grad is not None and p.dim():  # one number, such as logit_scale, is the sum of what cancels
-            layer = re.match(r".*\.\w*\d+(?=\.)|[^.]+", name)
+            layer = re.match(r".*?\.\w*\d+(?=\.)|[^.]+", name)
             layers.setdefault(layer[0] if layer else name, []).append(p.grad.flatten())
     return found | {f"grad {name}": torch.cat(grads) for name, grads in layers.items()}
 

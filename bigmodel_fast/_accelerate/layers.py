@@ -129,7 +129,7 @@ class FastNorm(Fast):
             if weight is None or weight.dim() > 1:
                 return "over several dimensions, or without weights"
             return {"kind": "rms", "eps": module.eps, "offset": 0.0, "input_dtype": True}
-        if original.__module__.startswith("torch.nn.") or module._modules or module._buffers:
+        if original.__module__.startswith("torch.nn.") or module._modules:
             return None
         named = "RMSNorm" in original.__name__ or original.__name__ == "T5LayerNorm"
         parameters = {name: p for name, p in module._parameters.items() if p is not None}
