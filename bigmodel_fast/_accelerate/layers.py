@@ -206,7 +206,9 @@ def dense_mlp(
 ) -> Tensor:
     """dropout(second(dropout(activation(first(x))))) + residual; of three layers the first two are gate and up."""
     if activation == QUICK_GELU:
-        return _quick_gelu_mlp(x, *layers, inner, outer)
+        first, second = layers
+        y = _quick_gelu_mlp(x, first, second, inner)
+        return ops.dropout(y, outer, residual=residual) if outer or residual is not None else y
     if len(layers) == 2 and all(_is_conv1d(layer) for layer in layers):
         return conv1d_mlp(x, layers, activation, inner, outer, residual)
     weights = [weight_of(layer) for layer in layers]
@@ -225,7 +227,7 @@ def dense_mlp(
     return ops.linear(hidden, weights[1], second.bias, **finish)
 
 
-def _quick_gelu_mlp(x: Tensor, first: Any, second: Any, inner: float, outer: float) -> Tensor:
+def _quick_gelu_mlp(x: Tensor, first: Any, second: Any, inner: float) -> Tensor:
     """x sigmoid(c x) is silu(c x) / c: the input is multiplied by c and the output divided, which are narrow."""
     c, bias = 1.702, first.bias if first.bias is None else first.bias * 1.702
     if inner:
@@ -233,8 +235,7 @@ def _quick_gelu_mlp(x: Tensor, first: Any, second: Any, inner: float, outer: flo
         y = ops.linear(hidden, second.weight)
     else:
         y = ops.mlp(x * c, first.weight, bias, second.weight, None, activation="silu")
-    y = y / c if second.bias is None else torch.add(second.bias.to(y.dtype), y, alpha=1 / c)
-    return ops.dropout(y, outer) if outer else y
+    return y / c if second.bias is None else torch.add(second.bias.to(y.dtype), y, alpha=1 / c)
 
 
 def _children(module: Any, order: Any) -> tuple[tuple[str, nn.Module, Any], ...]:

@@ -111,12 +111,12 @@ def _probe(module: nn.Module, dense: dict[str, Any]) -> dict[str, Any] | str | N
     if not together and not (len(shapes) == 4 and set(shapes.values()) == {(width, width)}):
         return None
     counts = {n for n in module.__dict__.values() if type(n) is int and 0 < n <= width and width % n == 0}
-    small: dict[str, nn.Module] = {}
+    small: dict[str, Any] = {}
     for i, (name, (out, into)) in enumerate(shapes.items()):
         small[name] = layer = probe.linear(into, out)
         layer.weight.data = layer.weight.roll(i, 0) * (2 * into**-0.5)
         if dense[name].bias is None:
-            layer.bias = None
+            layer._parameters["bias"] = None
     dropouts = {name: probe.Dropout() for name, c in module.named_children() if isinstance(c, nn.Dropout)}
     x = probe.draw(_B, _S, width)
 
@@ -162,9 +162,9 @@ def _lengths(module: nn.Module, width: int, heads: int) -> list[int]:
     return [max([_LONG, *(2 * n for n in known)]), *sorted(known, reverse=True)]
 
 
-def _ways(small: dict[str, nn.Module], together: bool, counts: set[int]) -> Iterator[dict[str, Any]]:
+def _ways(small: dict[str, Any], together: bool, counts: set[int]) -> Iterator[dict[str, Any]]:
     """All that such a module may compute."""
-    names = sorted(small, key=lambda name: -small[name].weight.shape[0])  # type: ignore[union-attr, arg-type, return-value]
+    names = sorted(small, key=lambda name: -small[name].weight.shape[0])
     orders = [tuple(names)] if together else list(itertools.permutations(small))
     kinds = ("three by heads", "heads by three") if together else ("four",)
     for order, kind, heads, causal in itertools.product(orders, kinds, sorted(counts), (False, True)):
