@@ -162,6 +162,7 @@ def accelerate(
             rows += [row] if row else []
             if recipe is not None and row is not None and row.accelerated and not swap.is_fast(module):
                 found.append((module, recipe, {**how, "wanted": wanted[recipe.area]}))
+    self_attention.forget()
     report = Report(tuple(rows))
     if strict and not report.accelerated:
         raise RuntimeError("accelerate: nothing in the model is of a kind that can be accelerated")

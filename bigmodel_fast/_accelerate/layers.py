@@ -138,7 +138,7 @@ class FastNorm(Fast):
             if weight is None or weight.dim() > 1:
                 return "over several dimensions, or without weights"
             return {"kind": "rms", "eps": module.eps, "offset": 0.0, "input_dtype": True}
-        if original.__module__.startswith("torch.nn.") or module._modules or module._buffers:
+        if original.__module__.startswith("torch.nn.") or module._modules:
             return None
         named = "RMSNorm" in original.__name__ or original.__name__ == "T5LayerNorm"
         parameters = {name: p for name, p in module._parameters.items() if p is not None}
@@ -171,13 +171,11 @@ class FastNorm(Fast):
 class Finish(NamedTuple):
     """What a caller does with the output of a module: dropout, then a residual."""
 
-    residual: Tensor | None
+    residual: Tensor
     dropout_p: float = 0.0
 
     def after(self, y: Tensor) -> Tensor:
-        if self.dropout_p:
-            return ops.dropout(y, self.dropout_p, residual=self.residual)
-        return y if self.residual is None else self.residual + y
+        return ops.dropout(y, self.dropout_p, residual=self.residual) if self.dropout_p else self.residual + y
 
 
 def within(finish: Finish | None, dropout_p: float, product: Callable[..., Tensor]) -> Tensor:
@@ -242,7 +240,9 @@ def dense_mlp(
 ) -> Tensor:
     """dropout(second(dropout(activation(first(x))))) + residual; of three layers the first two are gate and up."""
     if activation == QUICK_GELU:
-        return _quick_gelu_mlp(x, layers[0], layers[1], inner, Finish(residual, outer))
+        first, second = layers
+        y = _quick_gelu_mlp(x, first, second, inner)
+        return ops.dropout(y, outer, residual=residual) if outer or residual is not None else y
     if len(layers) == 2 and all(_is_conv1d(layer) for layer in layers):
         return conv1d_mlp(x, layers, activation, inner, outer, residual)
     weights = [weight_of(layer) for layer in layers]
@@ -261,7 +261,7 @@ def dense_mlp(
     return ops.linear(hidden, weights[1], second.bias, **finish)
 
 
-def _quick_gelu_mlp(x: Tensor, first: Any, second: Any, inner: float, finish: Finish) -> Tensor:
+def _quick_gelu_mlp(x: Tensor, first: Any, second: Any, inner: float) -> Tensor:
     """x sigmoid(c x) is silu(c x) / c: the input is multiplied by c and the output divided, which are narrow."""
     c, bias = 1.702, first.bias if first.bias is None else first.bias * 1.702
     if inner:
@@ -269,8 +269,7 @@ def _quick_gelu_mlp(x: Tensor, first: Any, second: Any, inner: float, finish: Fi
         y = ops.linear(hidden, second.weight)
     else:
         y = ops.mlp(x * c, first.weight, bias, second.weight, None, activation="silu")
-    y = y / c if second.bias is None else torch.add(second.bias.to(y.dtype), y, alpha=1 / c)
-    return finish.after(y)
+    return y / c if second.bias is None else torch.add(second.bias.to(y.dtype), y, alpha=1 / c)
 
 
 def _children(module: Any, order: Any) -> tuple[tuple[str, nn.Module, Any], ...]:

@@ -121,14 +121,13 @@ def _take_notes(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: An
 
 def _probe(module: nn.Module, output: str, crosses: bool, caches: bool) -> dict[str, Any] | str | None:
     """The attributes for scale and dropout, and what else the forward can do; or why it is not known."""
-    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    AttentionInterface.register(_NAME, _take_notes)
+    ALL_ATTENTION_FUNCTIONS[_NAME] = _take_notes
     try:
-        found = _Probe(module, output).calls(crosses, caches)
+        return _Probe(module, output).calls(crosses, caches)
     finally:
-        AttentionInterface._global_mapping.pop(_NAME, None)
-    return found
+        del ALL_ATTENTION_FUNCTIONS[_NAME]
 
 
 class _Probe:
