@@ -49,8 +49,8 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     generator = torch.Generator(device).manual_seed(BENCH_SEED)
     batch = {}
     for name, (shape, high) in case.options["inputs"].items():
-        draw = {"generator": generator, "device": device}
-        batch[name] = torch.randn(shape, **draw) if high is None else torch.randint(high, shape, **draw)
+        drawn = torch.rand(shape, generator=generator, device=device)
+        batch[name] = 3.4 * (drawn - 0.5) if high is None else (drawn * high).long()
     return Inputs(make_model(case, device).state_dict(), batch)
 
 
@@ -73,7 +73,7 @@ def results_of(model: nn.Module, batch: Batch, dtype: str) -> Results:
     layers: dict[str, list[Tensor]] = {}
     for name, p in model.named_parameters():
         if p.grad is not None and p.dim():  # one number, such as logit_scale, is the sum of what cancels
-            layer = re.match(r".*\.\w*\d+(?=\.)|[^.]+", name)
+            layer = re.match(r".*?\.\w*\d+(?=\.)|[^.]+", name)
             layers.setdefault(layer[0] if layer else name, []).append(p.grad.flatten())
     return found | {f"grad {name}": torch.cat(grads) for name, grads in layers.items()}
 
@@ -112,7 +112,7 @@ def flops(case: Case, inputs: Inputs) -> float:
 
 
 def case(name: str, model: str, config: dict[str, Any], inputs: dict[str, Any], **how: Any) -> Case:
-    """inputs: by name (shape, how many numbers there are to draw from, or None for normal ones)."""
+    """inputs: by name (shape, how many whole numbers to draw from, or None for others of mean 0 and variance 1)."""
     options = {"model": model, "config": config, "inputs": inputs}
     return Case(name, options=options, **{"dtypes": ("bf16",), "quick": True, **how})
 

@@ -213,6 +213,17 @@ def test_dropouts_are_where_they_were(bias: bool) -> None:
     torch.testing.assert_close(s1, s2, rtol=0.15, atol=0)
 
 
+def test_each_layer_is_looked_at_that_differs_from_the_last() -> None:
+    """In a number, in a mask, or in an object; two that are the same are looked at once."""
+    layers = [Causal(), Causal(), Limited(), Limited(), Causal(), WiderWindow(), WiderWindow()]
+    layers[3].seen[0, 0, 3, 1] = False
+    layers[4].n_head = 2
+    layers[6].window = 2
+    found = {row.name: row.accelerated for row in bmf.accelerate(nn.ModuleList(layers)).rows if "." not in row.name}
+    assert found == {str(i): i in (0, 1, 2, 4) for i in range(7)}
+    torch.testing.assert_close(layers[4](X), bmf.restore(layers[4])(X), rtol=1e-4, atol=1e-5)
+
+
 def test_hooks_within_are_called() -> None:
     model = seeded(Block).eval()
     bmf.accelerate(model)

@@ -47,7 +47,7 @@ class Scaled(MLP):
 class LearnedScale(MLP):
     def __init__(self) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.ones(()))
+        self.gain = nn.Parameter(torch.ones(1, 1))  # which at first changes nothing
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * self.gain
@@ -95,6 +95,17 @@ class ByHand(LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         x = x - x.mean(-1, keepdim=True)
         return x / (x.var(-1, keepdim=True, correction=0) + 1e-6).sqrt() * self.weight + self.bias
+
+
+class OtherEps(LayerNorm):
+    """By an eps that is not the one it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps = 1e-8
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-6)
 
 
 class Scale(nn.Module):
@@ -198,6 +209,12 @@ def test_dropouts_are_where_they_were(module: type, bias: bool) -> None:
         (m1, s1), (m2, s2) = ((y.mean(0), y.std(0)) for y in (model.train()(x), fast(x)))
     assert ((m1 - m2).abs() <= 5 * s1 * (2 / 3000) ** 0.5).all()
     torch.testing.assert_close(s1, s2, rtol=0.15, atol=0)
+
+
+@pytest.mark.parametrize("norm", [LayerNorm, ByHand, OtherEps, Scale])
+def test_eps_is_the_one_it_computes_with(norm: type) -> None:
+    report, _ = assert_same_model(seeded(norm), outputs_of(draw(B, S, E) * 1e-3), "fp32")
+    assert report.rows[0].accelerated
 
 
 def test_a_norm_without_bias_is_replaced() -> None:

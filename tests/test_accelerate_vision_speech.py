@@ -9,6 +9,7 @@ from accelerated import DTYPES, as_float64, assert_same_model, assert_same_train
 from torch import Tensor, nn
 
 import bigmodel_fast as bmf
+from bigmodel_fast._accelerate import projected
 
 transformers = pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed")
 
@@ -167,11 +168,13 @@ def test_whisper_generates_the_same_text() -> None:
     assert torch.equal(fast.generate(SPECTRUM, **options), model.generate(SPECTRUM, **options))
 
 
-def test_whisper_fills_a_cache_as_before_and_goes_on_from_it() -> None:
+def test_whisper_fills_a_cache_as_before_and_goes_on_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep, kept = projected._keep, []
+    monkeypatch.setattr(projected, "_keep", lambda *args: (kept.append(args[3]), keep(*args))[1])
     model = make("whisper").eval()
     fast = copy.deepcopy(model)
     bmf.accelerate(fast)
-    bmf.explain(reset=True)
+    kept.clear()  # what was tried
     caches = []
     with torch.no_grad():
         for m in (model, fast):
@@ -179,6 +182,7 @@ def test_whisper_fills_a_cache_as_before_and_goes_on_from_it() -> None:
             begun = m(encoder_outputs=states, decoder_input_ids=TOKENS[:, :4], use_cache=True)
             rest = m(encoder_outputs=states, decoder_input_ids=TOKENS[:, 4:], cache=begun.cache)
             caches.append((rest.logits, begun.cache))
+    assert kept == [0, 0, 1, 1]  # the first call of each layer's attentions, and no other
     torch.testing.assert_close(caches[1][0], caches[0][0], rtol=1e-4, atol=1e-4)
     assert caches[0][1].is_updated == caches[1][1].is_updated
     for kind in ("self_attention_cache", "cross_attention_cache"):
@@ -194,13 +198,18 @@ def test_whisper_refuses_labels_that_are_too_long_as_before() -> None:
         model(input_features=SPECTRUM, labels=TOKENS.repeat(1, 3))
 
 
-def test_dropout_of_whisper_drops_as_much_as_the_original() -> None:
-    model = make("whisper", dropout=0.2, activation_dropout=0.3, attention_dropout=0.2).train()
+@pytest.mark.parametrize("what", ["dropout", "activation_dropout", "attention_dropout"])
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_a_layer_of_whisper_drops_as_much_as_the_original(side: str, what: str) -> None:
+    model = make("whisper", **{what: 0.4}).train()
     fast = copy.deepcopy(model)
     bmf.accelerate(fast)
-    inputs = {"input_features": SPECTRUM[:1].expand(3000, -1, -1), "decoder_input_ids": TOKENS[:1].expand(3000, S)}
+    x = draw(1, S, 24).expand(3000, S, 24)
+    states = {"encoder_hidden_states": x[:, 1:]} if side == "decoder" else {}
+    layers = [getattr(m.model, side).layers[0] for m in (model, fast)]
     with torch.no_grad():
-        (m1, s1), (m2, s2) = ((y.mean(0), y.std(0)) for y in (m(**inputs).logits for m in (model, fast)))
+        (m1, s1), (m2, s2) = ((y.mean(0), y.std(0)) for y in (layer(x, None, **states) for layer in layers))
+    assert s1.min() > 0.01
     assert ((m1 - m2).abs() <= 5 * s1 * (2 / 3000) ** 0.5).all()
     torch.testing.assert_close(s1, s2, rtol=0.15, atol=0)
 

@@ -1,8 +1,8 @@
 """accelerate: our operators in a model that someone else wrote; restore: the model as it was.
 
-`swap.py` says how one module is replaced, `layers.py`, `transformer.py` and `hugging_face.py` hold the recipes. A
-recipe recognises modules by their forward or by what it computes (`probe.py`), never by a name alone. See
-docs/accelerate.md.
+`swap.py` says how one module is replaced, `layers.py`, `transformer.py`, `hugging_face.py` and a file for each other
+family hold the recipes. A recipe recognises modules by their forward or by what it computes (`probe.py`), never by a
+name alone. See docs/accelerate.md.
 """
 
 from collections import Counter
@@ -13,7 +13,20 @@ import torch
 from torch import nn
 
 from .. import _dispatch
-from . import hugging_face, interface, layers, projected, self_attention, swap, swin, transformer, whisper
+from . import (
+    distilbert,
+    encoder_decoder,
+    hugging_face,
+    interface,
+    layers,
+    modernbert,
+    projected,
+    self_attention,
+    swap,
+    swin,
+    t5,
+    transformer,
+)
 from . import unpad as unpadding
 
 AREAS = ("attention", "mlp", "norm", "loss", "rotary", "unpad")
@@ -24,6 +37,10 @@ RECIPES: tuple[type[swap.Fast], ...] = (
     transformer.FastMultiheadAttention,
     layers.FastLayerNorm,
     layers.FastNorm,
+    *distilbert.RECIPES,
+    *modernbert.RECIPES,
+    *t5.RECIPES,
+    *encoder_decoder.RECIPES,
     hugging_face.FastBertAttention,
     hugging_face.FastBertOutput,
     hugging_face.FastBertLayer,
@@ -33,8 +50,6 @@ RECIPES: tuple[type[swap.Fast], ...] = (
     unpadding.FastAttentionBlock,
     hugging_face.FastLlamaAttention,
     hugging_face.FastLanguageModel,
-    whisper.FastWhisperModel,
-    whisper.FastWhisperLayer,
     projected.FastProjectedAttention,
     self_attention.FastSelfAttention,
     swin.FastShiftedWindowAttention,
@@ -147,6 +162,7 @@ def accelerate(
             rows += [row] if row else []
             if recipe is not None and row is not None and row.accelerated and not swap.is_fast(module):
                 found.append((module, recipe, {**how, "wanted": wanted[recipe.area]}))
+    self_attention.forget()
     report = Report(tuple(rows))
     if strict and not report.accelerated:
         raise RuntimeError("accelerate: nothing in the model is of a kind that can be accelerated")

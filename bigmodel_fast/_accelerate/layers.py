@@ -1,6 +1,7 @@
 """Recipes for single layers: dense layers, dropout, embeddings, norms, MLPs of any name."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -80,13 +81,21 @@ class FastEmbedding(Fast):
             return None
         if swap.original_class(module).forward is not nn.Embedding.forward:
             return "a subclass of Embedding with a forward of its own"
-        if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
-            return "max_norm, sparse or scale_grad_by_freq"
-        return {}
+        return cls._unusual(module) or {}
+
+    @staticmethod
+    def _unusual(module: nn.Embedding) -> str | None:
+        usual = module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
+        return None if usual else "max_norm, sparse or scale_grad_by_freq"
 
     def forward(self: Any, token: Tensor) -> Tensor:
+        rows = self._rows(token)
+        return super().forward(token) if rows is None else rows  # type: ignore[misc]
+
+    def _rows(self: Any, token: Tensor) -> Tensor | None:
+        """The rows of some tokens; None where the original has to look them up."""
         if swap.unusual(self) or type(token) is not Tensor or token.dtype is not torch.int64:
-            return super().forward(token)  # type: ignore[misc]
+            return None
         out = ops.embedding(token, self.weight)
         if self.padding_idx is not None and out.requires_grad:
             padding = (token == self.padding_idx).unsqueeze(-1)
@@ -129,7 +138,7 @@ class FastNorm(Fast):
             if weight is None or weight.dim() > 1:
                 return "over several dimensions, or without weights"
             return {"kind": "rms", "eps": module.eps, "offset": 0.0, "input_dtype": True}
-        if original.__module__.startswith("torch.nn.") or module._modules or module._buffers:
+        if original.__module__.startswith("torch.nn.") or module._modules:
             return None
         named = "RMSNorm" in original.__name__ or original.__name__ == "T5LayerNorm"
         parameters = {name: p for name, p in module._parameters.items() if p is not None}
@@ -159,10 +168,30 @@ class FastNorm(Fast):
             return ops.rms_norm(x, weight, eps=eps)
 
 
+class Finish(NamedTuple):
+    """What a caller does with the output of a module: dropout, then a residual."""
+
+    residual: Tensor
+    dropout_p: float = 0.0
+
+    def after(self, y: Tensor) -> Tensor:
+        return ops.dropout(y, self.dropout_p, residual=self.residual) if self.dropout_p else self.residual + y
+
+
+def within(finish: Finish | None, dropout_p: float, product: Callable[..., Tensor]) -> Tensor:
+    """product(dropout_p=, residual=), by which a module ends, with what its caller does in it."""
+    if finish is None:
+        return product(dropout_p=dropout_p)
+    if dropout_p and finish.dropout_p:
+        return finish.after(product(dropout_p=dropout_p))
+    return product(dropout_p=dropout_p or finish.dropout_p, residual=finish.residual)
+
+
 class FastMLP(Fast):
     """Two dense layers with an activation between them, or three of which one is a gate, and dropout."""
 
     area = "mlp"
+    finishes = True
 
     @classmethod
     def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
@@ -185,7 +214,7 @@ class FastMLP(Fast):
             return "an activation that is not known here"
         return {"activation": activation, "order": order, "inner": inner, "outer": outer}
 
-    def forward(self: Any, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor, bmf_finish: Finish | None = None) -> Tensor:
         how = plan(self)
         reason = swap.first_not_plain(self, _children(self, how["order"]))
         dropouts = [self._modules[name] for name in (*how["inner"], *how["outer"])]
@@ -194,11 +223,16 @@ class FastMLP(Fast):
         if type(x) is not Tensor:
             reason = f"called with a {type(x).__name__}"
         if not swap.note(self, reason):
-            return super().forward(x)  # type: ignore[misc]
+            y = super().forward(x)  # type: ignore[misc]
+            return y if bmf_finish is None else bmf_finish.after(y)
         layers = [self._modules[name] for name in how["order"]]
         inner = swap.active_dropout(*(self._modules[name] for name in how["inner"]))
         outer = swap.active_dropout(*(self._modules[name] for name in how["outer"]))
-        return dense_mlp(x, layers, how["activation"], inner, outer)
+
+        def product(dropout_p: float, residual: Tensor | None = None) -> Tensor:
+            return dense_mlp(x, layers, how["activation"], inner, dropout_p, residual)
+
+        return within(bmf_finish, outer, product)
 
 
 def dense_mlp(
@@ -206,7 +240,9 @@ def dense_mlp(
 ) -> Tensor:
     """dropout(second(dropout(activation(first(x))))) + residual; of three layers the first two are gate and up."""
     if activation == QUICK_GELU:
-        return _quick_gelu_mlp(x, *layers, inner, outer)
+        first, second = layers
+        y = _quick_gelu_mlp(x, first, second, inner)
+        return ops.dropout(y, outer, residual=residual) if outer or residual is not None else y
     if len(layers) == 2 and all(_is_conv1d(layer) for layer in layers):
         return conv1d_mlp(x, layers, activation, inner, outer, residual)
     weights = [weight_of(layer) for layer in layers]
@@ -225,7 +261,7 @@ def dense_mlp(
     return ops.linear(hidden, weights[1], second.bias, **finish)
 
 
-def _quick_gelu_mlp(x: Tensor, first: Any, second: Any, inner: float, outer: float) -> Tensor:
+def _quick_gelu_mlp(x: Tensor, first: Any, second: Any, inner: float) -> Tensor:
     """x sigmoid(c x) is silu(c x) / c: the input is multiplied by c and the output divided, which are narrow."""
     c, bias = 1.702, first.bias if first.bias is None else first.bias * 1.702
     if inner:
@@ -233,8 +269,7 @@ def _quick_gelu_mlp(x: Tensor, first: Any, second: Any, inner: float, outer: flo
         y = ops.linear(hidden, second.weight)
     else:
         y = ops.mlp(x * c, first.weight, bias, second.weight, None, activation="silu")
-    y = y / c if second.bias is None else torch.add(second.bias.to(y.dtype), y, alpha=1 / c)
-    return ops.dropout(y, outer) if outer else y
+    return y / c if second.bias is None else torch.add(second.bias.to(y.dtype), y, alpha=1 / c)
 
 
 def _children(module: Any, order: Any) -> tuple[tuple[str, nn.Module, Any], ...]:

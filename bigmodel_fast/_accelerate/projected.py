@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from . import interface, probe, swap
-from .hugging_face import linears, project
+from .layers import Finish
+from .projections import finished_linear, linears, project
 from .swap import Fast, plan
 
 _INPUTS, _OUTPUTS = ("q_proj", "k_proj", "v_proj"), ("out_proj", "o_proj")
@@ -31,6 +31,7 @@ class FastProjectedAttention(Fast):
     """Queries, keys and values by one product (in cross attention keys and values), then attention."""
 
     area = "attention"
+    finishes = True
 
     @classmethod
     def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
@@ -50,7 +51,7 @@ class FastProjectedAttention(Fast):
         named = [name for name, p in parameters.items() if p.kind in usual]
         return {**found, "output": output, "named": named[2:], "unknown": set(named[2:]) - set(_KNOWN)}
 
-    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, hidden_states: Tensor, *args: Any, bmf_finish: Finish | None = None, **kwargs: Any) -> Any:
         how = plan(self)
         given = {**dict(zip(how["named"], args, strict=False)), **kwargs}
         mask, states, cache = (given.pop(name, None) for name in ("attention_mask", "key_value_states", "cache"))
@@ -60,9 +61,10 @@ class FastProjectedAttention(Fast):
         if states is not None:
             usual = usual and how["cross"] and states.dim() == 3 and len(states) == len(hidden_states)
         if cache is not None:
-            usual = usual and how["cached"] and _is_empty(cache, self.layer_idx, states is not None)
+            usual = usual and how["cached"] and is_empty(cache, self.layer_idx, states is not None)
         if not usual or not swap.note(self, linears(self, (*_INPUTS, how["output"]))):
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            y, weights = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            return y if bmf_finish is None else bmf_finish.after(y), weights
         layers = [self.q_proj, self.k_proj, self.v_proj]
         if states is None:
             q, k, v = project(hidden_states, layers, self.head_dim)
@@ -70,12 +72,12 @@ class FastProjectedAttention(Fast):
             (q,) = project(hidden_states, layers[:1], self.head_dim)
             k, v = project(states, layers[1:], self.head_dim)
         if cache is not None:
-            k, v = _keep(cache, k, v, self.layer_idx, states is not None)
+            keep(cache, k, v, self.layer_idx, states is not None)
         p = getattr(self, how["dropout"]) if self.training and how["dropout"] else 0.0
         y, weights = interface.attention_forward(
             self, q, k, v, mask, dropout=p, scaling=getattr(self, how["scale"]), **given
         )
-        return ops.linear(y.flatten(2), output.weight, output.bias), weights
+        return finished_linear(output, y.flatten(2), bmf_finish), weights
 
 
 def _says(value: Any) -> bool:
@@ -95,7 +97,7 @@ def _layers(cache: Any, layer: int, cross: bool, *, fill: bool = False) -> Any:
     return cache.cross_attention_cache if cross else cache.self_attention_cache
 
 
-def _is_empty(cache: Any, layer: int, cross: bool) -> bool:
+def is_empty(cache: Any, layer: int, cross: bool) -> bool:
     """Whether a layer's keys are the first ones in a cache that grows."""
     if torch.compiler.is_compiling():
         return False
@@ -103,8 +105,9 @@ def _is_empty(cache: Any, layer: int, cross: bool) -> bool:
     return type(used).__name__ == "DynamicCache" and used.get_seq_length(layer) == 0
 
 
-def _keep(cache: Any, key: Tensor, value: Tensor, layer: int, cross: bool) -> tuple[Tensor, Tensor]:
-    return _layers(cache, layer, cross, fill=True).update(key, value, layer)
+def keep(cache: Any, key: Tensor, value: Tensor, layer: int, cross: bool) -> None:
+    """Puts a layer's first keys and values into a cache, which takes copies of them."""
+    _layers(cache, layer, cross, fill=True).update(key, value, layer)
 
 
 # ---- what a forward is ----
@@ -118,14 +121,13 @@ def _take_notes(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: An
 
 def _probe(module: nn.Module, output: str, crosses: bool, caches: bool) -> dict[str, Any] | str | None:
     """The attributes for scale and dropout, and what else the forward can do; or why it is not known."""
-    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    AttentionInterface.register(_NAME, _take_notes)
+    ALL_ATTENTION_FUNCTIONS[_NAME] = _take_notes
     try:
-        found = _Probe(module, output).calls(crosses, caches)
+        return _Probe(module, output).calls(crosses, caches)
     finally:
-        AttentionInterface._global_mapping.pop(_NAME, None)
-    return found
+        del ALL_ATTENTION_FUNCTIONS[_NAME]
 
 
 class _Probe:
@@ -188,7 +190,7 @@ class _Probe:
         return {"scale": scale, "p": p} if usual else False
 
     def _keeps(self, cross: bool) -> bool:
-        """Whether an empty cache is used, and left, as `_keep` does it."""
+        """Whether an empty cache is used, and left, as `keep` does it."""
         from transformers import DynamicCache, EncoderDecoderCache
 
         cache, expected = (EncoderDecoderCache(DynamicCache(), DynamicCache()) for _ in range(2))
@@ -197,7 +199,7 @@ class _Probe:
         if layer is None or not self.call(states=states, cache=cache):
             return False
         k, v = self.small.__dict__[_NOTES][0][1:3]
-        _keep(expected, k, v, layer, cross)
+        keep(expected, k, v, layer, cross)
         pairs = zip(*((c.self_attention_cache, c.cross_attention_cache) for c in (cache, expected)), strict=True)
         return cache.is_updated == expected.is_updated and all(_same_cache(a, b, layer) for a, b in pairs)
 

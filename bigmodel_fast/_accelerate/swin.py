@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops._heads import split_heads
 from . import probe, swap
-from .hugging_face import linears
+from .projections import linears
 from .swap import Fast
 
 _CLASSES = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2")
