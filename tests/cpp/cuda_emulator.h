@@ -51,7 +51,7 @@ constexpr int kGranule = 4;  // bytes of shared memory that are watched together
 constexpr unsigned char kPoison = 0xff;  // NaN in every dtype
 
 // How much of what each agent did is known to come before. Agents: threads; warps, whose time is how many groups of
-// products they have begun (cuda_emulated_hopper.h); transaction barriers, whose time is their phase.
+// products they have begun (cuda_emulated_async.h); transaction barriers, whose time is their phase.
 using Clock = std::vector<int>;
 
 inline void join(Clock& clock, const Clock& other) {
@@ -96,7 +96,7 @@ struct Gathering {
   void* lane[kMostTogether] = {};
 };
 
-struct Async;  // what runs beside the threads: cuda_emulated_hopper.h
+struct Async;  // what runs beside the threads: cuda_emulated_async.h
 
 class Block {
  public:

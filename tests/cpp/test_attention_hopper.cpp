@@ -25,7 +25,7 @@ const Case kCases[] = {
      .heads = 4,
      .key_heads = 2,
      .queries = 200,
-     .keys = 270,
+     .keys = 278,
      .width = 128,
      .right = 0,
      .processors = 3},
@@ -37,9 +37,9 @@ const Case kCases[] = {
      .queries = 40,
      .keys = 200,
      .width = 96,
-     .lengths = {200, 0, 33, 128},
+     .lengths = {200, 0, 33, 127},
      .gap = 8,
-     .processors = 2},
+     .processors = 1},
     {.name = "one query, one key", .queries = 1, .keys = 1, .width = 8, .processors = 5},
 };
 

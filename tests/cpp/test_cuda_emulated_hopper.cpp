@@ -1,5 +1,5 @@
 // What the emulated GPU has of Hopper: copies, barriers and products do as the PTX ISA says, and each fault that
-// cuda_emulated_hopper.h lists is seen, in every order of the threads.
+// cuda_emulated_async.h lists is seen, in every order of the threads.
 #include "cuda_emulator.h"
 // The emulator comes first.
 #include "cuda/panels.h"
