@@ -39,6 +39,36 @@ def test_path_on_a_gpu(spec, dtype: torch.dtype) -> None:
     assert {call.path for call in bmf.explain(reset=True).calls} == {"triton" if covered else "reference"}
 
 
+@pytest.mark.parametrize(
+    ("dtype", "options", "rows", "reason"),
+    [
+        (torch.bfloat16, {}, 3, ""),
+        (torch.float16, {"recompute": True}, 3, ""),
+        (torch.float32, {}, 3, "no CUDA C++ kernel for torch.float32"),
+        (torch.bfloat16, {"dropout_p": 0.5}, 3, "no CUDA C++ kernel with a residual or dropout"),
+        (torch.bfloat16, {"residual": True}, 3, "no CUDA C++ kernel with a residual or dropout"),
+        (torch.bfloat16, {}, 0, "a size of 0"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("op", ["mlp", "gated_mlp"])
+def test_what_cuda_cpp_covers(op: str, dtype: torch.dtype, options: dict, rows: int, reason: str, monkeypatch) -> None:
+    monkeypatch.setattr(_dispatch, "_native_cuda", {op})
+    with FakeTensorMode(), torch.device("cuda"), _dispatch.forcing("native"):
+        x, first, up, last = (
+            torch.empty(s, dtype=dtype, requires_grad=True) for s in ((rows, 8), (6, 8), (6, 8), (4, 6))
+        )
+        weights = (first, None, last, None) if op == "mlp" else (first, up, last)
+        if "residual" in options:
+            options = {"residual": torch.empty(rows, 4, dtype=dtype)}
+        bmf.explain(reset=True)
+        y = getattr(bmf.ops, op)(x, *weights, **options)
+        grads = torch.autograd.grad(y.sum(), (x, first, last))
+        assert [g.shape for g in grads] == [x.shape, first.shape, last.shape]
+        calls = {(c.op, c.path, c.reason) for c in bmf.explain(reset=True).calls if c.op == op}
+    assert calls == {(op, "reference" if reason else "native", reason)}
+
+
 @pytest.mark.parametrize(("stem", "names"), _triton.LAUNCHERS.items())
 def test_every_launcher_is_registered(stem: str, names: tuple[str, ...]) -> None:
     pytest.importorskip("triton")
