@@ -96,6 +96,8 @@ def _uncovered(
     if reason is not None:
         return reason
     width, outputs = weights[0].shape[0], weights[-1].shape[0]
+    if any(hasattr(t, "to_local") for t in (x, *weights)):
+        return "distributed tensors"
     if x.element_size() != 2:
         return f"no CUDA C++ kernel for {x.dtype}"
     if len(weights) < 2 or width not in SHARED_BYTES or any(w.shape[0] != width for w in weights[:-1]):

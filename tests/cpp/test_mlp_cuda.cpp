@@ -43,7 +43,7 @@ class Numbers {
     static std::mt19937 generator(1);
     std::normal_distribution<float> draw(0, 1);
     const auto bytes = static_cast<size_t>(extent(rows, columns, stride_) * fake_lt::bytes_of(type));
-    memory_.reset(static_cast<unsigned char*>(std::aligned_alloc(16, (bytes + 15) / 16 * 16)));
+    memory_.reset(static_cast<unsigned char*>(::operator new(bytes, kAlignment)));
     std::memset(memory_.get(), 0xff, bytes);
     for (int64_t i = 0; scale != 0 && i < rows * columns; ++i)
       fake_lt::write(type, memory_.get(), place(i), scale * draw(generator));
@@ -60,8 +60,9 @@ class Numbers {
   }
 
  private:
+  static constexpr std::align_val_t kAlignment{16};
   struct Free {
-    void operator()(unsigned char* p) const { std::free(p); }
+    void operator()(unsigned char* p) const { ::operator delete(p, kAlignment); }
   };
   int64_t place(int64_t i) const { return i / columns_ * stride_ + i % columns_; }
   lt::DataType type_;

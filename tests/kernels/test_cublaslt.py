@@ -16,51 +16,55 @@ SOURCE = r"""
 #include <cublasLt.h>
 #include <dlfcn.h>
 
+#include <cstddef>
 #include <cstdio>
-#include <type_traits>
 
 #include "cuda/cublaslt.h"
 
 using namespace bmf::cuda;
 
+constexpr bool same(auto ours, auto theirs) { return static_cast<int>(ours) == static_cast<int>(theirs); }
+constexpr Epilogue biased(Epilogue e) { return with(e, true, Epilogue::bias); }
+
 static_assert(sizeof(lt::Algo) == sizeof(cublasLtMatmulAlgo_t));
 static_assert(sizeof(lt::Heuristic) == sizeof(cublasLtMatmulHeuristicResult_t));
 static_assert(offsetof(lt::Heuristic, state) == offsetof(cublasLtMatmulHeuristicResult_t, state));
-static_assert(lt::kFloat32 == CUDA_R_32F && lt::kFloat16 == CUDA_R_16F && lt::kBFloat16 == CUDA_R_16BF);
-static_assert(lt::kSumsOfFloat32 == CUBLAS_COMPUTE_32F);
-static_assert(lt::kAsItIs == CUBLAS_OP_N && lt::kTransposed == CUBLAS_OP_T);
-static_assert(lt::kTransposeA == CUBLASLT_MATMUL_DESC_TRANSA && lt::kTransposeB == CUBLASLT_MATMUL_DESC_TRANSB);
-static_assert(lt::kEpilogue == CUBLASLT_MATMUL_DESC_EPILOGUE && lt::kBiasPointer == CUBLASLT_MATMUL_DESC_BIAS_POINTER);
-static_assert(lt::kAuxPointer == CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER);
-static_assert(lt::kAuxStride == CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD);
-static_assert(lt::kMaxWorkspaceBytes == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES);
-static_assert(lt::kAlignmentA == CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES);
-static_assert(lt::kAlignmentD == CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES);
-static_assert(LtCall::kNoAlgorithm == CUBLAS_STATUS_NOT_SUPPORTED);
+static_assert(same(lt::kFloat32, CUDA_R_32F) && same(lt::kFloat16, CUDA_R_16F) && same(lt::kBFloat16, CUDA_R_16BF));
+static_assert(same(lt::kSumsOfFloat32, CUBLAS_COMPUTE_32F));
+static_assert(same(lt::kAsItIs, CUBLAS_OP_N) && same(lt::kTransposed, CUBLAS_OP_T));
+static_assert(same(lt::kTransposeA, CUBLASLT_MATMUL_DESC_TRANSA));
+static_assert(same(lt::kTransposeB, CUBLASLT_MATMUL_DESC_TRANSB));
+static_assert(same(lt::kEpilogue, CUBLASLT_MATMUL_DESC_EPILOGUE));
+static_assert(same(lt::kBiasPointer, CUBLASLT_MATMUL_DESC_BIAS_POINTER));
+static_assert(same(lt::kAuxPointer, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER));
+static_assert(same(lt::kAuxStride, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD));
+static_assert(same(lt::kMaxWorkspaceBytes, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES));
+static_assert(same(lt::kAlignmentA, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES));
+static_assert(same(lt::kAlignmentB, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES));
+static_assert(same(lt::kAlignmentC, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES));
+static_assert(same(lt::kAlignmentD, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES));
+static_assert(same(LtCall::kNoAlgorithm, CUBLAS_STATUS_NOT_SUPPORTED));
+static_assert(same(Epilogue::none, CUBLASLT_EPILOGUE_DEFAULT));
+static_assert(same(biased(Epilogue::none), CUBLASLT_EPILOGUE_BIAS));
+static_assert(same(biased(Epilogue::relu), CUBLASLT_EPILOGUE_RELU_BIAS));
+static_assert(same(biased(Epilogue::gelu), CUBLASLT_EPILOGUE_GELU_BIAS));
+static_assert(same(biased(Epilogue::gelu | Epilogue::aux), CUBLASLT_EPILOGUE_GELU_AUX_BIAS));
+static_assert(same(Epilogue::gelu_slope | Epilogue::aux, CUBLASLT_EPILOGUE_DGELU));
+static_assert(same(Epilogue::gelu_slope | Epilogue::aux | Epilogue::bias_sums, CUBLASLT_EPILOGUE_DGELU_BGRAD));
+static_assert(same(Epilogue::left_sums, CUBLASLT_EPILOGUE_BGRADB));
 
-constexpr int number(Epilogue e) { return static_cast<int>(e); }
-constexpr Epilogue biased(Epilogue e) { return with(e, true, Epilogue::bias); }
-static_assert(number(Epilogue::none) == CUBLASLT_EPILOGUE_DEFAULT);
-static_assert(number(biased(Epilogue::none)) == CUBLASLT_EPILOGUE_BIAS);
-static_assert(number(biased(Epilogue::relu)) == CUBLASLT_EPILOGUE_RELU_BIAS);
-static_assert(number(biased(Epilogue::gelu)) == CUBLASLT_EPILOGUE_GELU_BIAS);
-static_assert(number(biased(Epilogue::gelu | Epilogue::aux)) == CUBLASLT_EPILOGUE_GELU_AUX_BIAS);
-static_assert(number(Epilogue::gelu_slope | Epilogue::aux) == CUBLASLT_EPILOGUE_DGELU);
-static_assert(number(Epilogue::gelu_slope | Epilogue::aux | Epilogue::bias_sums) == CUBLASLT_EPILOGUE_DGELU_BGRAD);
-static_assert(number(Epilogue::left_sums) == CUBLASLT_EPILOGUE_BGRADB);
+void* library = nullptr;
 
-template <class Theirs, class Ours>
-void take(void* library, const char* name, Theirs*, Ours& function) {
-  function = reinterpret_cast<Ours>(dlsym(library, name));
+template <class Function>
+void take(const char* name, Function& function) {
+  function = reinterpret_cast<Function>(dlsym(library, name));
 }
 
-void* global_library = nullptr;
-
 int main(int, char** arguments) {
-  void* library = global_library = dlopen(arguments[1], RTLD_LAZY);
+  library = dlopen(arguments[1], RTLD_LAZY);
   if (library == nullptr) return std::puts(dlerror()), 2;
   lt::Api api{};
-#define TAKE(name) take(library, "cublasLt" #name, &cublasLt##name, api.name)
+#define TAKE(name) take("cublasLt" #name, api.name)
   TAKE(MatmulDescCreate);
   TAKE(MatmulDescDestroy);
   TAKE(MatmulDescSetAttribute);
@@ -77,10 +81,10 @@ int main(int, char** arguments) {
     size_t written;
     auto* d = static_cast<cublasLtMatmulDesc_t>(desc);
     auto* l = static_cast<cublasLtMatrixLayout_t>(layout);
-    const auto get = reinterpret_cast<decltype(&cublasLtMatmulDescGetAttribute)>(
-        dlsym(global_library, "cublasLtMatmulDescGetAttribute"));
-    const auto get_layout = reinterpret_cast<decltype(&cublasLtMatrixLayoutGetAttribute)>(
-        dlsym(global_library, "cublasLtMatrixLayoutGetAttribute"));
+    decltype(&cublasLtMatmulDescGetAttribute) get;
+    decltype(&cublasLtMatrixLayoutGetAttribute) get_layout;
+    take("cublasLtMatmulDescGetAttribute", get);
+    take("cublasLtMatrixLayoutGetAttribute", get_layout);
     get(d, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue, &written);
     get(d, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_stride, sizeof aux_stride, &written);
     get_layout(l, CUBLASLT_MATRIX_LAYOUT_ROWS, &rows, sizeof rows, &written);
