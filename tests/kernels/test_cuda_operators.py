@@ -59,11 +59,14 @@ def without_stream(fake: Callable) -> Callable:
     return lambda *arguments: fake(*arguments[:-1])
 
 
+def raw(name: str) -> Callable:
+    return getattr(torch.ops.bigmodel_fast, f"{name}_cuda").default
+
+
 def call(name: str, *arguments: object) -> tuple[Tensor, ...]:
     """The operator's results, which are such as its fake kernel says."""
-    operator = getattr(torch.ops.bigmodel_fast, f"{name}_cuda").default
-    torch.library.opcheck(operator, (*arguments, STREAM), test_utils="test_faketensor")
-    return operator(*arguments, STREAM)
+    torch.library.opcheck(raw(name), (*arguments, STREAM), test_utils="test_faketensor")
+    return raw(name)(*arguments, STREAM)
 
 
 def drawn(*shape: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> Tensor:
@@ -168,7 +171,7 @@ def test_what_does_not_fit_is_an_error() -> None:
         ({"outputs": 65}, "no more outputs than hidden features, got 65"),
     ):
         with pytest.raises(RuntimeError, match=words):
-            call("mlp_fused_fwd", *(good | change).values(), "relu", False)
+            raw("mlp_fused_fwd")(*(good | change).values(), "relu", False, STREAM)
     w1, w2 = drawn(6, 10), drawn(4, 6)
     with pytest.raises(RuntimeError, match="no residual and no dropout"):
-        call("mlp_fwd", x, w1, None, w2, None, "relu", False, drawn(9, 4), None, 0.0)
+        raw("mlp_fwd")(x, w1, None, w2, None, "relu", False, drawn(9, 4), None, 0.0, STREAM)
