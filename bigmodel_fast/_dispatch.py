@@ -70,6 +70,18 @@ def forcing(backend: str | None) -> Iterator[None]:
         _forced = before
 
 
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """`explain()` will not know of the calls made meanwhile."""
+    calls, small_calls = _calls.copy(), _small_calls.copy()
+    try:
+        yield
+    finally:
+        _calls.clear()
+        _calls.update(calls)
+        _small_calls.update(small_calls)
+
+
 def use_native(op: str, reason: str | None, t: torch.Tensor | None = None) -> bool:
     """True if `op` runs its kernel: the C++ one, or that of `cuda_backend` if `t` lies on a GPU.
 

@@ -16,11 +16,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.utils.checkpoint import checkpoint
 
 import bigmodel_fast as bmf
 from bigmodel_fast import _dispatch
-from bigmodel_fast.models import GPT, GPTConfig
+from bigmodel_fast.models import BERT, GPT, BERTConfig, GPTConfig, recompute_layers
 from bigmodel_fast.nn.sharding import register_sharding_rules
 from bigmodel_fast.optim import SGD, AdamW, clip_grad_norm_
 from bigmodel_fast.train import Reporter, Step, TrainConfig, Trainer, distributed, loop
@@ -104,25 +103,26 @@ def optimizers() -> dict[str, Any]:
     return found
 
 
-def recomputed() -> dict[str, float]:
-    """Gradients with the activations of every part recomputed, beside those of one process."""
-    errors = {}
-    for parallel in PARALLEL:
-        plain, batch = model_and_batch()
-        spread = copy.deepcopy(plain)
-        for block in spread.blocks:
-            for part in (block.attention, block.mlp):
-                forward = part.forward
-                part.forward = lambda *args, f=forward: checkpoint(f, *args, use_reentrant=False)
-        if parallel == "ddp":
-            called = torch.nn.parallel.DistributedDataParallel(spread)
-        else:
-            distributed.shard(spread, torch.device("cpu"), 2)
-            called = spread
-        plain(batch[:, :-1], batch[:, 1:]).backward()
-        called(*half(batch)).backward()
-        errors[parallel] = worst([p.grad for p in spread.parameters()], [p.grad for p in plain.parameters()])
-    return errors
+def gradients_of_two_passes(model: torch.nn.Module, batch: tuple, parallel: str, again: bool) -> list[torch.Tensor]:
+    spread = copy.deepcopy(model)
+    recompute_layers(spread, again)
+    called = distributed.Ranks(torch.device("cpu")).spread(spread, parallel)
+    torch.manual_seed(dist.get_rank())
+    for _ in range(2):
+        called(*batch).backward()
+    return [whole(p.grad) for p in spread.parameters() if p.grad is not None]
+
+
+def recomputed() -> dict[str, bool]:
+    """Whether gradients have the same bits when layers run again in backward, those of dropout too."""
+    found = {}
+    gpt, tokens = model_and_batch()
+    bert = BERT(BERTConfig(257, dropout=0.2, **SHAPE))
+    for name, model, batch in (("gpt", gpt, half(tokens)), ("bert", bert, (tokens[:, 1:], None, tokens[:, :-1]))):
+        for parallel in PARALLEL:
+            straight, again = (gradients_of_two_passes(model, batch, parallel, again) for again in (False, True))
+            found[f"{parallel}, {name}"] = all(torch.equal(a, b) for a, b in zip(straight, again, strict=True))
+    return found
 
 
 def syncs() -> dict[str, int]:

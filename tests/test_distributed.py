@@ -146,9 +146,10 @@ def test_optimizers_step_shards_as_whole_tensors(runs, name: str) -> None:
         assert found["paths"] == [f"{name} native", f"{clip} native"]
 
 
-@pytest.mark.parametrize("parallel", PARALLEL)
-def test_activations_can_be_recomputed(runs, parallel: str) -> None:
-    assert runs[2][0]["recomputed"][parallel] < 1e-4
+def test_layers_that_run_again_give_the_same_bits(runs) -> None:
+    for rank in runs[2]:
+        assert len(rank["recomputed"]) == 4
+        assert all(rank["recomputed"].values()), rank["recomputed"]
 
 
 def test_operators_take_weights_split_by_heads_and_hidden_units(runs) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_train import Act, fail, terminate, without_times
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("safetensors")
 pytest.importorskip("matplotlib")
@@ -17,7 +18,7 @@ pytest.importorskip("tokenizers")
 
 from bigmodel_fast.cli import main
 from bigmodel_fast.data import DataError
-from bigmodel_fast.models import BERT, GPT, Transformer, pack, translate
+from bigmodel_fast.models import BERT, GPT, Transformer, layers, pack, translate
 from bigmodel_fast.train import ConfigError, TrainConfig, Trainer, load_checkpoint, pretrain, read_metrics
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -41,8 +42,8 @@ def config(settings, pairs: Path):
     """Makes the config of a tiny run of an objective."""
 
     def make(objective: str, out: str = "run", **given) -> TrainConfig:
-        if objective == "mlm":
-            return settings(out, objective="mlm", **given)
+        if objective != "seq2seq":
+            return settings(out, objective=objective, **given)
         languages = {"languages": "num-word", **given.pop("seq2seq", {})}
         optim = {"batch": 16, **given.pop("optim", {})}
         return settings(out, optim, objective="seq2seq", data=str(pairs), seq2seq=languages, **given)
@@ -112,6 +113,20 @@ def test_a_resumed_run_is_the_run_that_never_stopped_to_the_bit(objective: str, 
     assert one.state["batches"]["epoch"] > 0
     lines = [without_times(read_metrics(c.out_folder / "metrics.jsonl")) for c in (straight, stopped)]
     assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm", "seq2seq"])
+def test_layers_may_be_recomputed_from_any_step_on(objective: str, config, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = config(objective, "straight", steps=4)
+    pretrain(straight)
+    pretrain(config(objective, "stopped", steps=4), Act(2, terminate))
+    again = []
+    monkeypatch.setattr(layers, "checkpoint", lambda f, *args, **how: again.append(f) or checkpoint(f, *args, **how))
+    resumed = config(objective, "stopped", steps=4, resume="auto", recompute=True)
+    pretrain(resumed)
+    assert len(again) == 2 * (2 if objective == "seq2seq" else 1)  # of two steps; an encoder's layer and a decoder's
+    one, other = (load_checkpoint(c.out_folder).path / "model.safetensors" for c in (straight, resumed))
+    assert one.read_bytes() == other.read_bytes()
 
 
 @pytest.mark.parametrize("objective", ["mlm", "seq2seq"])

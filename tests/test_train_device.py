@@ -10,11 +10,21 @@ from test_train import Act, checkpoints, fail, terminate, without_times
 from bigmodel_fast._machine import cannot_compile
 from bigmodel_fast.cli import main
 from bigmodel_fast.data import Batches, DataError
-from bigmodel_fast.train import ConfigError, TrainConfig, Trainer, TrainError, loop, passes, pretrain, read_metrics
+from bigmodel_fast.train import (
+    ConfigError,
+    TrainConfig,
+    Trainer,
+    TrainError,
+    loop,
+    passes,
+    pretrain,
+    read_metrics,
+    setup,
+)
 from bigmodel_fast.train.errors import is_out_of_memory
+from bigmodel_fast.train.guard import smaller_passes
 from bigmodel_fast.train.objectives import causal
 from bigmodel_fast.train.passes import Feed
-from bigmodel_fast.train.state import smaller_passes
 
 needs_compiler = pytest.mark.skipif(cannot_compile("cpu") is not None, reason="there is no C++ compiler")
 
@@ -32,22 +42,6 @@ def assert_same_weights(one: Trainer, other: Trainer) -> None:
 
 
 # ---- batches ----
-
-
-@pytest.fixture
-def copying(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Feeds copy one batch ahead, as on a GPU; what happens is appended to the list."""
-    events: list[str] = []
-    initialise = Feed.__init__
-
-    def copies(self, *args) -> None:
-        initialise(self, *args)
-        self._copies = "a stream"
-
-    monkeypatch.setattr(Feed, "__init__", copies)
-    monkeypatch.setattr(Feed, "_copy", lambda self, t: events.append("copy") or t.clone())
-    monkeypatch.setattr(Feed, "_wait_for", lambda self, batch: events.append("wait"))
-    return events
 
 
 def test_a_batch_is_copied_ahead_and_the_position_is_that_of_the_one_in_use(copying) -> None:
@@ -149,6 +143,8 @@ def test_a_run_of_graphs_on_a_gpu_is_the_run_without(settings, dtype: str) -> No
 def test_what_cannot_work_is_one_line_before_any_work(settings, tmp_path: Path, monkeypatch, capsys) -> None:
     with pytest.raises(ConfigError, match="cuda_graphs: needs a CUDA device, and the run is on cpu"):
         Trainer(settings(cuda_graphs=True, device="cpu"))
+    with pytest.raises(ConfigError, match="cuda_graphs: not with recompute"):
+        setup.require_features(settings(cuda_graphs=True, recompute=True), torch.device("cuda"), 1)
     out = tmp_path / "cli"
     assert main(["pretrain", "--device", "cpu", "--cuda-graphs", "--out", str(out)]) == 2
     assert capsys.readouterr().err == (
@@ -244,11 +240,11 @@ def test_an_allocation_that_the_system_refuses_is_known() -> None:
         (8, "--optim.batch 4 --optim.accumulation 6 "),
         (9, "--optim.batch 3 --optim.accumulation 9 "),
         (7, "--optim.batch 1 --optim.accumulation 21 "),
-        (1, "with one sequence of 16 tokens a pass; lower --model.context"),
+        (1, "with one sequence a pass; a smaller model"),
     ],
 )
-def test_smaller_passes_keep_the_tokens_of_a_step(batch: int, words: str, settings) -> None:
-    assert words in smaller_passes(settings(optim={"batch": batch, "accumulation": 3}))
+def test_smaller_passes_keep_the_tokens_of_a_step(batch: int, words: str) -> None:
+    assert words in smaller_passes(batch, 3, "a smaller model")
 
 
 def test_a_model_that_does_not_fit_is_one_line(settings, monkeypatch: pytest.MonkeyPatch) -> None:

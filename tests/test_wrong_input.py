@@ -45,6 +45,7 @@ WRONG: dict[str, list[tuple[list[str] | str, str]]] = {
         (["--config", "/nowhere.yaml"], "config"),
         (["--config"], "config"),
         (["--compile", "perhaps"], "compile"),
+        (["--recompute", "perhaps"], "recompute"),
         (["--tokenizer", "words"], "tokenizer"),
         (["--keep", "0"], "keep"),
         (["--seed", "1.5"], "seed"),

@@ -3,6 +3,7 @@
 from .beam_search import Translation, translate
 from .bert import BERT, BERTConfig
 from .gpt import GPT, GPTConfig
+from .layers import recompute_layers
 from .mlp import MLP
 from .transformer import Transformer, TransformerConfig, pack
 from .vit import ViT, ViTConfig
@@ -19,5 +20,6 @@ __all__ = [
     "ViT",
     "ViTConfig",
     "pack",
+    "recompute_layers",
     "translate",
 ]

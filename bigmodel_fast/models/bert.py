@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import nn, ops
-from .layers import EncoderLayer, LayerShape, StreamNorm
+from .layers import EncoderLayer, LayerShape, Stack, StreamNorm
 
 NORM_EPS = 1e-12
 
@@ -56,7 +56,7 @@ class BERTConfig:
         return self.mlp_width or 4 * self.width
 
 
-class BERT(torch.nn.Module):
+class BERT(Stack):
     """A BERT with tied input and output embeddings. Its weights are drawn from torch's global generator."""
 
     def __init__(self, config: BERTConfig):
@@ -97,12 +97,12 @@ class BERT(torch.nn.Module):
         x = ops.dropout(x, self.config.dropout if self.training else 0.0)
         if there is None:
             for layer in self.layers:
-                x = layer(x)
+                x = self.run(layer, x)
             return x
         packed = x[there]
         starts = torch.nn.functional.pad(there.sum(1).cumsum(0), (1, 0)).to(torch.int32)
         for layer in self.layers:
-            packed = layer(packed, starts)
+            packed = self.run(layer, packed, starts)
         return packed.new_zeros(x.shape).masked_scatter(there[..., None], packed)
 
     def head(self, x: Tensor) -> Tensor:

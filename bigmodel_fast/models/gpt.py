@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import nn, ops
 from .._packed_weights import packed_weights
 from ..ops._heads import split_heads
+from .layers import Stack
 
 
 @dataclass
@@ -145,12 +146,19 @@ class Block(torch.nn.Module):
         self.attention = SelfAttention(config)
         self.mlp = (MLP if config.layout == "gpt2" else nn.GatedMLP)(config.width, config.hidden)
 
+    def between_norms(
+        self, normed: Tensor, stream: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """What follows norm1: the MLP's output, and the stream to which the next block's norm adds it."""
+        normed, stream = self.norm2(self.attention(normed, rotation, cache, layer), stream)
+        return self.mlp(normed), stream
+
 
 def _norm(config: GPTConfig) -> torch.nn.Module:
     return nn.LayerNorm(config.width) if config.layout == "gpt2" else nn.RMSNorm(config.width, eps=1e-6)
 
 
-class GPT(torch.nn.Module):
+class GPT(Stack):
     """A GPT with tied input and output embeddings. Its weights are drawn from torch's global generator."""
 
     cos: Tensor
@@ -194,8 +202,7 @@ class GPT(torch.nn.Module):
         normed, stream = blocks[0].norm1(x), x
         norms_after = [*(block.norm1 for block in blocks[1:]), self.norm]
         for i, (block, norm_after) in enumerate(zip(blocks, norms_after, strict=True)):
-            normed, stream = block.norm2(block.attention(normed, rotation, cache, i), stream)
-            normed, stream = norm_after(block.mlp(normed), stream)
+            normed, stream = norm_after(*self.run(block.between_norms, normed, stream, rotation, cache, i))
         if cache is not None:
             cache.length = end
         return normed

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import nn, ops
-from .layers import DecoderLayer, EncoderLayer, LayerShape
+from .layers import DecoderLayer, EncoderLayer, LayerShape, Stack
 
 
 @dataclass
@@ -63,7 +63,7 @@ def pack(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu")
     return tokens, lengths.cumsum(0).to(torch.int32)
 
 
-class Encoder(torch.nn.Module):
+class Encoder(Stack):
     """Encoder layers and the norm after them."""
 
     def __init__(self, shape: LayerShape, layers: int):
@@ -74,11 +74,11 @@ class Encoder(torch.nn.Module):
     def forward(self, x: Tensor, starts: Tensor) -> Tensor:
         """[tokens, width] with the starts of the sequences."""
         for layer in self.layers:
-            x = layer(x, starts)
+            x = self.run(layer, x, starts)
         return self.norm(x)
 
 
-class Decoder(torch.nn.Module):
+class Decoder(Stack):
     """Decoder layers and the norm after them."""
 
     def __init__(self, shape: LayerShape, layers: int):
@@ -89,7 +89,7 @@ class Decoder(torch.nn.Module):
     def forward(self, x: Tensor, starts: Tensor, memory: Tensor, memory_starts: Tensor) -> Tensor:
         """[tokens, width] with the starts of the sequences, each of which attends to its own of memory's."""
         for layer in self.layers:
-            x = layer(x, starts, memory, memory_starts)
+            x = self.run(layer, x, starts, memory, memory_starts)
         return self.norm(x)
 
 

@@ -147,6 +147,8 @@ class TrainConfig:
         device: auto (CUDA if there is some), cpu or cuda.
         dtype: auto (bf16 on CUDA and on CPUs that multiply bf16, else fp32), bf16 (autocast, float32 weights) or fp32.
         compile: train through torch.compile; the first step takes a minute or so, and resuming stays exact.
+        recompute: keep of each layer what goes into it, and run it again in backward: the same bits in less memory, and
+            about a third more time.
         cuda_graphs: record a pass as a CUDA graph and replay it: the CPU cannot hold up small models. CUDA only.
         parallel: how a run of several ranks is spread: ddp (each holds the whole model) or fsdp (each holds a share).
         launch: start so many ranks on this machine; torchrun starts them on many.
@@ -179,6 +181,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = False
+    recompute: bool = False
     cuda_graphs: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     launch: int = 1

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from .._packed_weights import packed_weights
+from ..models import recompute_layers
 from ..optim import cosine
 from . import setup
 from .config import TrainConfig
 from .distributed import Ranks, is_lost_rank
 from .errors import TrainError, is_out_of_memory
 from .faults import BAD_STEPS, Health
+from .guard import smaller_passes
 from .lock import RunLock
 from .metrics import MetricsLog, plot_losses
 from .objectives import Batch, make_objective
@@ -30,7 +32,7 @@ from .report import Evaluation, Reporter, Start, Step
 from .saver import Saver
 from .shards import has_shards
 from .signals import StopRequest
-from .state import smaller_passes, state_of, take_up
+from .state import state_of, take_up
 
 DRAW_SECONDS = 60.0  # between two pictures of the losses; one takes a tenth of a second or more
 ROLL_BACKS = 3  # without a new checkpoint, after which a run gives up
@@ -103,6 +105,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         try:
             self.model = self.objective.build().to(self.device)
+            recompute_layers(self.model, config.recompute)
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise TrainError(
@@ -179,7 +182,7 @@ class Trainer:
             raise TrainError(f"step {self.step}: cannot write to {out} ({reason}){self._what_is_saved()}") from error
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
-                raise TrainError(f"step {self.step}: {smaller_passes(self.config)}{self._what_is_saved()}") from None
+                raise TrainError(f"step {self.step}: {self._less_memory()}{self._what_is_saved()}") from None
             if self._is_lost_rank(error):
                 lost = f"step {self.step}: rank {self.ranks.rank} ends, another rank is gone; go on with --resume auto"
                 raise TrainError(lost + self._what_is_saved()) from None
@@ -384,6 +387,13 @@ class Trainer:
             plot_losses(self._log.path, self.config.out_folder / "loss.png")
         except Exception as error:
             self.report.message(f"loss.png could not be drawn: {' '.join(str(error).split())}")
+
+    def _less_memory(self) -> str:
+        o = self.config.optim
+        smaller = "lower --model.context, --model.layers or --model.width"
+        return smaller_passes(
+            o.batch, o.accumulation, smaller if self.config.recompute else f"--recompute, or {smaller}"
+        )
 
     def _what_is_saved(self) -> str:
         return f"; the last good checkpoint is {self.checkpoint}" if self.checkpoint else "; nothing was saved before"

@@ -61,6 +61,8 @@ def require_features(config: TrainConfig, device: torch.device, ranks: int) -> N
         raise ConfigError(f"cuda_graphs: for one rank only, and the run has {ranks}")
     if config.cuda_graphs and device.type != "cuda":
         raise ConfigError(f"cuda_graphs: needs a CUDA device, and the run is on {device.type}")
+    if config.cuda_graphs and config.recompute:
+        raise ConfigError("cuda_graphs: not with recompute, which restores random numbers that a graph cannot")
     if config.compile and (reason := cannot_compile(device.type)):
         raise ConfigError(f"compile: {reason}")
 

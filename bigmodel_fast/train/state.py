@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from . import setup
 from .checkpoint import Checkpoint
-from .config import TrainConfig
 from .errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -53,18 +52,3 @@ def take_up(trainer: "Trainer", checkpoint: Checkpoint) -> None:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.path}: damaged (state.json: {' '.join(str(error).split())})") from None
     trainer.checkpoint = checkpoint.path
-
-
-def smaller_passes(config: TrainConfig) -> str:
-    """What to do about too little memory: the same step in more passes, each half as large or less."""
-    o = config.optim
-    if o.batch == 1:
-        return (
-            f"out of memory with one sequence of {config.model.context} tokens a pass; "
-            "lower --model.context, --model.layers or --model.width"
-        )
-    batch = next(b for b in range(o.batch // 2, 0, -1) if o.batch % b == 0)
-    return (
-        f"out of memory with {o.batch} sequences a pass; --optim.batch {batch} "
-        f"--optim.accumulation {o.accumulation * o.batch // batch} keeps the tokens of a step"
-    )
