@@ -13,19 +13,8 @@ namespace {
 constexpr int kSharedBytes = 227 << 10, kProcessors = 3;
 constexpr auto kOrder = emulator::Order::random;
 
-double read16(int type, const void* at) {
-  const uint16_t bits = *static_cast<const uint16_t*>(at);
-  return type == lt::kBFloat16 ? to_float(bf16{bits}) : to_float(f16{bits});
-}
-void write16(int type, void* at, double x) {
-  const auto v = static_cast<float>(x);
-  *static_cast<uint16_t*>(at) = type == lt::kBFloat16 ? rounded(v, bf16{}) : rounded(v, f16{});
-}
-
 template <class Run>
 const char* run_mlp(const Workspace& workspace, const Run& run) {
-  fake_lt::read16 = read16;
-  fake_lt::write16 = write16;
   const auto multiply = [&](const Product& p) {
     return LtCall(fake_lt::kApi).run(nullptr, p, workspace, nullptr) == 0;
   };

@@ -9,12 +9,15 @@
 #include <map>
 #include <vector>
 
+#include "cuda_emulator.h"
+// The emulator comes first; of it, the rounding of 16-bit numbers.
 #include "activations.h"
 #include "cuda/cublaslt.h"
 
 namespace fake_lt {
 
 using namespace bmf::cuda;
+using bmf::bf16;
 
 struct Desc {
   std::map<int, int64_t> values;
@@ -37,20 +40,18 @@ inline void demand(bool condition, const char* what) {
   if (!condition) refuse(what);
 }
 
-// What a type's numbers are read and written by; set by the test for its 16-bit types.
-inline double (*read16)(int type, const void*) = nullptr;
-inline void (*write16)(int type, void*, double) = nullptr;
 inline int bytes_of(int type) { return type == lt::kFloat32 ? 4 : 2; }
 inline double read(int type, const void* data, int64_t i) {
-  const auto* at = static_cast<const unsigned char*>(data) + i * bytes_of(type);
-  return type == lt::kFloat32 ? *reinterpret_cast<const float*>(at) : read16(type, at);
+  if (type == lt::kFloat32) return static_cast<const float*>(data)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+  return type == lt::kBFloat16 ? to_float(bf16{bits}) : to_float(f16{bits});
 }
 inline void write(int type, void* data, int64_t i, double x) {
-  auto* at = static_cast<unsigned char*>(data) + i * bytes_of(type);
+  const auto v = static_cast<float>(x);
   if (type == lt::kFloat32)
-    *reinterpret_cast<float*>(at) = static_cast<float>(x);
+    static_cast<float*>(data)[i] = v;
   else
-    write16(type, at, x);
+    static_cast<uint16_t*>(data)[i] = type == lt::kBFloat16 ? rounded(v, bf16{}) : rounded(v, f16{});
 }
 
 inline int create_desc(void** desc, int compute, int scale_type) {

@@ -25,16 +25,6 @@ struct Case {
 template <class T>
 constexpr lt::DataType kType = std::is_same_v<T, bmf::bf16> ? lt::kBFloat16 : lt::kFloat16;
 
-double read16(int type, const void* at) {
-  const uint16_t bits = *static_cast<const uint16_t*>(at);
-  return type == lt::kBFloat16 ? bmf::cuda::to_float(bmf::bf16{bits}) : bmf::cuda::to_float(bmf::cuda::f16{bits});
-}
-void write16(int type, void* at, double x) {
-  const auto v = static_cast<float>(x);
-  *static_cast<uint16_t*>(at) =
-      type == lt::kBFloat16 ? bmf::cuda::rounded(v, bmf::bf16{}) : bmf::cuda::rounded(v, bmf::cuda::f16{});
-}
-
 // Rows of numbers, `gap` unused ones between them; NaN where nobody has written. The memory ends with the last number.
 class Numbers {
  public:
@@ -318,8 +308,6 @@ const Case kCases[] = {
 }  // namespace
 
 int main() {
-  fake_lt::read16 = read16;
-  fake_lt::write16 = write16;
   int i = 0;
   for (const Case& c : kCases) {
     const auto order = static_cast<emulator::Order>(i % 3);
