@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _dispatch
 from . import _checks
 
 
@@ -84,3 +85,22 @@ def before_finish(dy: Tensor, seed: Tensor | None, p: float, dtype: torch.dtype)
     if seed is None:
         return dy.to(dtype).contiguous()
     return torch.ops.bigmodel_fast.dropout_fwd(dy, seed, p, None, dtype)
+
+
+def uncovered_on_cuda(op: str, x: Tensor, residual: Tensor | None, dropout_p: float, *weights: Tensor) -> str | None:
+    """Why CUDA C++ has no kernel for this call of mlp or gated_mlp; None if it has, or if it is not asked for."""
+    if not x.is_cuda or _dispatch.cuda_backend(op) != "native":
+        return None
+    if x.element_size() != 2:
+        return f"no CUDA C++ kernel for {x.dtype}"
+    if residual is not None or dropout_p > 0:
+        return "no CUDA C++ kernel with a residual or dropout"
+    return "a size of 0" if any(t.numel() == 0 for t in (x, *weights)) else None
+
+
+def before_activation(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b as rows, for a backward that was not left it."""
+    x, weight = rows(x), rows(weight)
+    if x.is_cuda and _dispatch.cuda_backend(op) == "native":
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return torch.ops.bigmodel_fast.linear_fwd(x, weight, wide(bias), "none", False)[0]

@@ -32,23 +32,20 @@ for _name in ("mlp_fused_fwd", "mlp_fused_bwd"):
     _schemas.impl(_name, partial(_cuda.launch, _name), "CUDA")
 
 
-@torch.library.register_fake("bigmodel_fast::mlp_fused_fwd")
 def _fake_forward(x, weights, biases, width, outputs, activation, save_pre):
     between = weights.shape[0] - width * (x.shape[1] + outputs)
     hidden = between // (width * width) + 1
     return x.new_empty(x.shape[0], outputs), x.new_empty(hidden if save_pre else 0, x.shape[0], width)
 
 
-@torch.library.register_fake("bigmodel_fast::mlp_fused_bwd")
 def _fake_backward(grad_y, x, weights, biases, pre, width, activation, wants_x, wants_parameters):
     counts = (weights.shape[0], 0 if biases is None else biases.shape[0])
     grads = (x.new_empty(n if wants_parameters else 0, dtype=torch.float32) for n in counts)
     return x.new_empty(x.shape[0] if wants_x else 0, x.shape[1]), *grads
 
 
-if _cuda.BUILT:  # what these are given last is a stream
-    torch.library.register_fake("bigmodel_fast::mlp_fused_fwd_cuda", lambda *a: _fake_forward(*a[:-1]))
-    torch.library.register_fake("bigmodel_fast::mlp_fused_bwd_cuda", lambda *a: _fake_backward(*a[:-1]))
+_cuda.fake("mlp_fused_fwd", _fake_forward)
+_cuda.fake("mlp_fused_bwd", _fake_backward)
 
 
 class _MlpFused(torch.autograd.Function):
@@ -99,6 +96,8 @@ def _uncovered(
     if reason is not None:
         return reason
     width, outputs = weights[0].shape[0], weights[-1].shape[0]
+    if any(hasattr(t, "to_local") for t in (x, *weights)):
+        return "distributed tensors"
     if x.element_size() != 2:
         return f"no CUDA C++ kernel for {x.dtype}"
     if len(weights) < 2 or width not in SHARED_BYTES or any(w.shape[0] != width for w in weights[:-1]):

@@ -128,6 +128,7 @@ BMF_DEVICE void activate_backward(Activation activation, float (&sums)[1][kWidth
         store_shared(at, pack<T>(value[0], value[1]));
       }
   });
+  converge();
 }
 
 template <class T, int kWidth>

@@ -75,6 +75,7 @@ mlp_fused_forward_kernel(BMF_CONSTANT const MlpFusedArgs a) {
       with_activation(a.activation, [&]<Activation kKind>() {
         for_sums(sums, [](float& x, const Spot&) { x = activate<kKind>(x).value; });
       });
+      converge();
       as_operand<T>(operand, sums);
     }
   }

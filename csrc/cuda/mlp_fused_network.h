@@ -175,6 +175,7 @@ BMF_DEVICE void store_sums(const Rows16& to, int row, const float (&sums)[kStrip
           if (column + i < to.width) line[column + i] = static_cast<uint16_t>(four.word[i / 2] >> (16 * (i % 2)));
       }
     }
+  converge();
 }
 
 }  // namespace bmf::cuda

@@ -33,6 +33,7 @@ KERNELS = {  # how many of each name: dtypes, head dimensions, and whether they 
     },
     "mlp_fused_forward": {"mlp_fused_forward_kernel": 2 * 2},  # dtypes and widths
     "mlp_fused_backward": {"mlp_fused_backward_kernel": 2 * 2, "mlp_fused_sum_kernel": 2},
+    "mlp": {"pointwise_kernel": 2 * 2 * 2},  # dtypes, gated or not, directions
 }
 # Those that are known to spill, with all features, and how many bytes at most: dK and dV of heads wider than 128, dQ of
 # those of at most 64.
@@ -44,8 +45,9 @@ BY_DEFAULT = {
     "attention_backward": "sm_80",
     "mlp_fused_forward": "sm_80",
     "mlp_fused_backward": "sm_90a",
+    "mlp": "sm_80",
 }
-WITHOUT_PRODUCTS = re.compile("attention_terms_kernel|mlp_fused_sum_kernel")
+WITHOUT_PRODUCTS = re.compile("attention_terms_kernel|mlp_fused_sum_kernel|pointwise_kernel")
 ONE_KIND_OF_FRAGMENTS = {"bias_gradient": "MT88", "mlp_fused_forward": "MT88"}  # which of both a kernel does not load
 TARGETS = [
     (stem, arch)
