@@ -203,6 +203,9 @@ BENCHMARK = StepBenchmark(
         *((case("MiniLM, SST-2 in batches of 32", 32, 0, REAL, MINILM, dtypes=("bf16",)),) if sst2_file() else ()),
         case("GPT-2", 1, 512, FULL, GPT2, model=LANGUAGE_MODEL, dtypes=("bf16",), compiled=("bf16",)),
     ),
-    cuda_cases=(case("MiniLM", 256, 128, FULL, MINILM, quick=True, compiled=("bf16",), dtypes=("bf16",)),),
+    cuda_cases=(
+        case("MiniLM", 256, 128, FULL, MINILM, quick=True, compiled=("bf16",), dtypes=("bf16",)),
+        case("GPT-2", 16, 1024, FULL, GPT2, model=LANGUAGE_MODEL, compiled=("bf16",), dtypes=("bf16",)),
+    ),
     tiny=case("tiny", 2, 8, DRAWN, TINY, compiled=("bf16", "fp32")),
 )
