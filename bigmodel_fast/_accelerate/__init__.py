@@ -5,13 +5,15 @@ recipe recognises modules by their forward or by what it computes (`probe.py`), 
 docs/accelerate.md.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import hugging_face, interface, layers, swap, transformer
+from .. import _dispatch
+from . import hugging_face, interface, layers, projected, self_attention, swap, swin, transformer, whisper
 from . import unpad as unpadding
 
 AREAS = ("attention", "mlp", "norm", "loss", "rotary", "unpad")
@@ -21,7 +23,7 @@ RECIPES: tuple[type[swap.Fast], ...] = (
     transformer.FastDecoderLayer,
     transformer.FastMultiheadAttention,
     layers.FastLayerNorm,
-    layers.FastRMSNorm,
+    layers.FastNorm,
     hugging_face.FastBertAttention,
     hugging_face.FastBertOutput,
     hugging_face.FastBertLayer,
@@ -31,6 +33,11 @@ RECIPES: tuple[type[swap.Fast], ...] = (
     unpadding.FastAttentionBlock,
     hugging_face.FastLlamaAttention,
     hugging_face.FastLanguageModel,
+    whisper.FastWhisperModel,
+    whisper.FastWhisperLayer,
+    projected.FastProjectedAttention,
+    self_attention.FastSelfAttention,
+    swin.FastShiftedWindowAttention,
     layers.FastMLP,
     layers.FastLinear,
     layers.FastEmbedding,
@@ -62,6 +69,13 @@ class Report:
     def left(self) -> tuple[Row, ...]:
         """Modules of a kind there is a recipe for, which were left alone."""
         return tuple(row for row in self.rows if not row.accelerated)
+
+    @property
+    def line(self) -> str:
+        """How many modules of each class were replaced, and left, on one line."""
+        counts = [Counter(row.kind for row in rows) for rows in (self.accelerated, self.left)]
+        fast, left = (", ".join(f"{n} {kind}" for kind, n in count.items()) for count in counts)
+        return f"accelerated: {fast or 'nothing'}" + (f"; left alone: {left}" if left else "")
 
     def __str__(self) -> str:
         groups: dict[tuple[bool, str, str], list[str]] = {}
@@ -127,7 +141,7 @@ def accelerate(
     for name, module in _outermost_pretrained(model):
         rows.append(_examine_interface(name, module, attention))
         interfaces += [module] if rows[-1].accelerated and not interface.enabled(module) else []
-    with torch.random.fork_rng(devices=[]):  # what probes draw is not drawn from the loop
+    with torch.random.fork_rng(devices=[]), _dispatch.unrecorded():  # what probes draw is not drawn from the loop
         for name, module in model.named_modules():
             row, recipe, how = _examine(name, module, wanted)
             rows += [row] if row else []

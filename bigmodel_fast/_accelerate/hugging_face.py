@@ -52,12 +52,13 @@ MASKED_MODELS = (
 )
 
 
-def _linears(module: Any, names: tuple[str, ...]) -> str | None:
+def linears(module: Any, names: tuple[str, ...]) -> str | None:
+    """Why some of a module's children are not plain dense layers; None if all are."""
     children = tuple((name, module._modules.get(name), nn.Linear.forward) for name in names)
     return swap.first_not_plain(module, children)
 
 
-def _project(x: Tensor, layers: list[Any], head_dim: int) -> tuple[Tensor, ...]:
+def project(x: Tensor, layers: list[Any], head_dim: int) -> tuple[Tensor, ...]:
     """Queries, keys and values [B, H, S, D] by one product."""
     weight = torch.cat([layer.weight for layer in layers])
     given = [layer.bias is not None for layer in layers]
@@ -83,22 +84,22 @@ class FastBertAttention(Fast):
     def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
         if not interface.is_class(module, BERT_ATTENTIONS):
             return None
-        return _linears(module, ("query", "key", "value")) or {}
+        return linears(module, ("query", "key", "value")) or {}
 
     def forward(
         self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         if not interface.enabled(self) or _cached(kwargs) or any(a is not None for a in args):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
-        if not swap.note(self, _linears(self, ("query", "key", "value"))):
+        if not swap.note(self, linears(self, ("query", "key", "value"))):
             return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
         layers = [self.query, self.key, self.value]
         if kwargs.pop(FIRST, False):
-            (q,) = _project(packing.first_tokens(hidden_states, attention_mask), layers[:1], self.attention_head_size)
-            k, v = _project(hidden_states, layers[1:], self.attention_head_size)
+            (q,) = project(packing.first_tokens(hidden_states, attention_mask), layers[:1], self.attention_head_size)
+            k, v = project(hidden_states, layers[1:], self.attention_head_size)
             attention_mask = interface.first_query(attention_mask)
         else:
-            q, k, v = _project(hidden_states, layers, self.attention_head_size)
+            q, k, v = project(hidden_states, layers, self.attention_head_size)
         p = self.dropout.p if self.training else 0.0
         y, weights = interface.attention_forward(
             self, q, k, v, attention_mask, dropout=p, scaling=self.scaling, **kwargs
@@ -118,7 +119,7 @@ class FastLlamaAttention(Fast):
         rotate = getattr(sys.modules[swap.original_class(module).__module__], "apply_rotary_pos_emb", None)
         if not _rotates_halves(rotate):
             return "its rotary function is not the one that is known"
-        return _linears(module, ("q_proj", "k_proj", "v_proj", "o_proj")) or {}
+        return linears(module, ("q_proj", "k_proj", "v_proj", "o_proj")) or {}
 
     def forward(
         self: Any,
@@ -128,13 +129,13 @@ class FastLlamaAttention(Fast):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        reason = _linears(self, ("q_proj", "k_proj", "v_proj", "o_proj"))
+        reason = linears(self, ("q_proj", "k_proj", "v_proj", "o_proj"))
         if position_embeddings is None or position_embeddings[0].shape[-1] != self.head_dim:
             reason = "positions for a part of each head"
         usual = interface.enabled(self) and not _cached(kwargs) and not any(a is not None for a in args)
         if not usual or not swap.note(self, reason):
             return super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)  # type: ignore[misc]
-        q, k, v = _project(hidden_states, [self.q_proj, self.k_proj, self.v_proj], self.head_dim)
+        q, k, v = project(hidden_states, [self.q_proj, self.k_proj, self.v_proj], self.head_dim)
         if "q_norm" in self._modules:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = ops.rotary(q, k, *position_embeddings)

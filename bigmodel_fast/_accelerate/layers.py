@@ -10,6 +10,8 @@ from . import probe, swap
 from .conv1d import conv1d, conv1d_mlp
 from .swap import Fast, plan
 
+QUICK_GELU = "quick_gelu"  # x sigmoid(1.702 x)
+
 
 def _is_conv1d(module: nn.Module) -> bool:
     """transformers' dense layer with a weight [in, out]."""
@@ -114,26 +116,31 @@ class FastLayerNorm(Fast):
             return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
-class FastRMSNorm(Fast):
-    """torch's, or one of another library whose forward computes it: x / rms(x) times weight or 1 + weight."""
+class FastNorm(Fast):
+    """torch's RMSNorm, or any norm whose forward computes a LayerNorm or x / rms(x), times weight or 1 + weight."""
 
     area = "norm"
 
     @classmethod
     def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
-        named = "RMSNorm" in type(module).__name__ or type(module).__name__ == "T5LayerNorm"
-        if not named or any(True for _ in module.children()):
+        original = swap.original_class(module)
+        if original.forward is nn.RMSNorm.forward:
+            weight = module._parameters["weight"]
+            if weight is None or weight.dim() > 1:
+                return "over several dimensions, or without weights"
+            return {"kind": "rms", "eps": module.eps, "offset": 0.0, "input_dtype": True}
+        if original.__module__.startswith("torch.nn.") or module._modules or module._buffers:
             return None
-        weight = module._parameters.get("weight")
-        if weight is None or weight.dim() != 1 or len(module._parameters) != 1:
-            return "no weight of one dimension, or other parameters beside it"
-        if swap.original_class(module).forward is nn.RMSNorm.forward:
-            return {"eps": module.eps, "offset": 0.0, "input_dtype": True}
-        for name in ("variance_epsilon", "eps", "epsilon", "norm_eps"):
-            eps = getattr(module, name, None)
-            if isinstance(eps, float) and (offset := probe.rms_norm_offset(module, eps)) is not None:
-                return {"eps": eps, "offset": offset, "input_dtype": offset == 1.0}
-        return "its forward does not compute an RMS norm that is known"
+        named = "RMSNorm" in original.__name__ or original.__name__ == "T5LayerNorm"
+        parameters = {name: p for name, p in module._parameters.items() if p is not None}
+        shapes = {p.shape for p in parameters.values()}
+        usual = (
+            set(parameters) in ({"weight"}, {"weight", "bias"}) and len(shapes) == 1 and len(next(iter(shapes))) == 1
+        )
+        if not usual:
+            return "no weight of one dimension, or other parameters beside it" if named else None
+        found = probe.norm(module)
+        return found or ("its forward does not compute a norm that is known" if "Norm" in original.__name__ else None)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if swap.unusual(self) or type(x) is not Tensor or x.shape[-1:] != self.weight.shape:
@@ -142,9 +149,13 @@ class FastRMSNorm(Fast):
         eps = torch.finfo(x.dtype).eps if how["eps"] is None else how["eps"]
         if how["offset"]:
             weight = weight.float() + how["offset"]
+        if how["kind"] == "layer" and x.is_cuda and torch.is_autocast_enabled("cuda"):
+            x = x.float()
         with swap.without_autocast(x):
             if not how["input_dtype"] and weight.dtype is torch.float32:
                 x = x.float()  # those of Llama's kind give the weight's dtype
+            if how["kind"] == "layer":
+                return ops.layer_norm(x, weight, self._parameters.get("bias"), eps=eps)
             return ops.rms_norm(x, weight, eps=eps)
 
 
@@ -157,17 +168,21 @@ class FastMLP(Fast):
     def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
         children = dict(module.named_children())
         layers = {name: child for name, child in children.items() if dense_forward(child) is not None}
-        others = [c for name, c in children.items() if name not in layers and any(True for _ in c.parameters())]
-        if len(layers) not in (2, 3) or others or len({_is_conv1d(c) for c in layers.values()}) > 1:
+        others = {name: c for name, c in children.items() if name not in layers and any(True for _ in c.parameters())}
+        if len(layers) not in (2, 3) or len({_is_conv1d(c) for c in layers.values()}) > 1:
             return None
-        found = probe.mlp(module, layers, _is_conv1d(next(iter(layers.values()))))
-        if found is None:
+        if any(p.dim() > 1 for c in others.values() for p in c.parameters()):
             return None
+        found = probe.mlp(module, layers, _is_conv1d(next(iter(layers.values()))), others)
+        if not isinstance(found, tuple):
+            return found
         activation, order, inner, outer = found
         if reason := swap.first_not_plain(module, _children(module, order)):
             return reason
         if len(order) == 3 and any(layers[name].bias is not None for name in order):
             return "a gated MLP with biases"
+        if activation == QUICK_GELU and (len(order) == 3 or _is_conv1d(layers[order[0]])):
+            return "an activation that is not known here"
         return {"activation": activation, "order": order, "inner": inner, "outer": outer}
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -190,6 +205,8 @@ def dense_mlp(
     x: Tensor, layers: list[Any], activation: str, inner: float, outer: float, residual: Tensor | None = None
 ) -> Tensor:
     """dropout(second(dropout(activation(first(x))))) + residual; of three layers the first two are gate and up."""
+    if activation == QUICK_GELU:
+        return _quick_gelu_mlp(x, *layers, inner, outer)
     if len(layers) == 2 and all(_is_conv1d(layer) for layer in layers):
         return conv1d_mlp(x, layers, activation, inner, outer, residual)
     weights = [weight_of(layer) for layer in layers]
@@ -206,6 +223,18 @@ def dense_mlp(
         return ops.mlp(x, weights[0], first.bias, weights[1], second.bias, activation=activation, **finish)
     hidden = ops.linear(x, weights[0], first.bias, activation=activation, dropout_p=inner)
     return ops.linear(hidden, weights[1], second.bias, **finish)
+
+
+def _quick_gelu_mlp(x: Tensor, first: Any, second: Any, inner: float, outer: float) -> Tensor:
+    """x sigmoid(c x) is silu(c x) / c: the input is multiplied by c and the output divided, which are narrow."""
+    c, bias = 1.702, first.bias if first.bias is None else first.bias * 1.702
+    if inner:
+        hidden = ops.linear(x * c, first.weight, bias, activation="silu", dropout_p=inner)
+        y = ops.linear(hidden, second.weight)
+    else:
+        y = ops.mlp(x * c, first.weight, bias, second.weight, None, activation="silu")
+    y = y / c if second.bias is None else torch.add(second.bias.to(y.dtype), y, alpha=1 / c)
+    return ops.dropout(y, outer) if outer else y
 
 
 def _children(module: Any, order: Any) -> tuple[tuple[str, nn.Module, Any], ...]:

@@ -3,6 +3,7 @@ is done to an output before it is stored (dropout and a residual), which is also
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,11 @@ def rows(t: Tensor) -> Tensor:
     if t.dim() != 2:
         t = t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
     return t if t.stride(-1) == 1 or t.shape[-1] < 2 else t.contiguous()
+
+
+def shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """`y` in another shape, but no view to autograd: whoever gets it from a function may change it in place."""
+    return torch.ops.aten._unsafe_view.default(y, shape)
 
 
 def wide(bias: Tensor | None) -> Tensor | None:

@@ -53,7 +53,7 @@ class _GatedMlp(torch.autograd.Function):
             seed,
             dropout_p,
         )
-        return y.view(*x.shape[:-1], w_down.shape[0]), gate, up
+        return _dense.shaped(y, (*x.shape[:-1], w_down.shape[0])), gate, up
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -61,7 +61,7 @@ class _Mlp(torch.autograd.Function):
             seed,
             dropout_p,
         )
-        return y.view(*x.shape[:-1], w2.shape[0]), pre
+        return _dense.shaped(y, (*x.shape[:-1], w2.shape[0])), pre
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -69,7 +69,7 @@ class ImageTrainConfig:
     Args:
         data: a folder of pictures by class, a folder of IDX files, or an .npz file. null: scikit-learn's digits.
         size: bring the pictures of a folder to size x size pixels. null: they are of one size.
-        model: mlp, vit, or torchvision/NAME for one of torchvision's classifiers.
+        model: mlp, vit, or torchvision/NAME for one of torchvision's classifiers, accelerated where parts are known.
         out: folder of the run.
         epochs: passes over the training images.
         batch: images in one step.

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._accelerate import accelerate
 from .._machine import cannot_compile
 from ..data import DataError, Images
 from ..models import MLP, ViT, ViTConfig
-from ..ops import cross_entropy
 from ..optim import AdamW, clip_grad_norm_, warmup_cosine
 from . import checkpoint as files
-from . import durable, setup
+from . import durable, setup, torchvision_models
 from .classification import Classification, classify, plot_confusion, plot_mistakes
 from .errors import CheckpointError, ConfigError, TrainError, is_out_of_memory
 from .guard import told
@@ -66,15 +66,8 @@ def make_model(config: ImageTrainConfig, images: Images) -> torch.nn.Module:
             return ViT(ViTConfig(classes, height, channels=channels, **dataclasses.asdict(config.vit)))
     except ValueError as error:
         raise ConfigError(str(error).replace("ViTConfig: ", "vit.").replace("MLP: ", "mlp.")) from None
-    import torchvision
-
-    name = config.model.removeprefix("torchvision/")
-    try:
-        return torchvision.models.get_model(name, weights=None, num_classes=classes)
-    except (ValueError, TypeError):
-        raise ConfigError(
-            f"model: torchvision has no classifier {name!r}; it has resnet18, mobilenet_v3_small, ..."
-        ) from None
+    last = len(images) % config.batch or config.batch
+    return torchvision_models.make(config.model, classes, height, width, {min(config.batch, len(images)), last})
 
 
 class ImageTrainer:
@@ -120,6 +113,7 @@ class ImageTrainer:
             if is_out_of_memory(error):
                 raise TrainError("out of memory for the model itself; take a smaller one") from None
             raise
+        self.accelerated = accelerate(self.model) if self._from_torchvision else None
         self._native = config.model == "mlp" and self.device.type == "cpu"
         self._forward = torch.compile(self.model) if config.compile else self.model
         self.optimizer = AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -219,8 +213,8 @@ class ImageTrainer:
         started = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            logits = self._forward(self._channels(images))
-        loss = cross_entropy(logits.float(), labels)
+            output = self._forward(self._channels(images))
+        loss, logits = torchvision_models.losses(self.config.model, output, labels)
         loss.backward()
         if self.config.clip:
             clip_grad_norm_(self.model.parameters(), self.config.clip)
@@ -254,15 +248,20 @@ class ImageTrainer:
             self._save()
 
     def _channels(self, images: Tensor) -> Tensor:
-        grey = images.shape[1] == 1 and self.config.model.startswith("torchvision/")
+        grey = images.shape[1] == 1 and self._from_torchvision
         return images.expand(-1, 3, -1, -1) if grey else images
+
+    @property
+    def _from_torchvision(self) -> bool:
+        return self.config.model.startswith(torchvision_models.PREFIX)
 
     @torch.no_grad()
     def predict(self, images: Images) -> Tensor:
         """Logits [N, classes] in float32, on the CPU, of the model in evaluation mode."""
         self.model.eval()
+        batches = images.loader(self.config.batch if self._from_torchvision else 256)
         with self._autocast():
-            found = [self.model(self._channels(x.to(self.device))).float() for x, _ in images.loader(256)]
+            found = [self.model(self._channels(x.to(self.device))).float() for x, _ in batches]
         return torch.cat(found).cpu()
 
     def report(self) -> tuple[Classification, int]:

@@ -12,7 +12,8 @@ inline int block_z() { return block->index().z; }
 inline void barrier() { block->barrier(); }
 
 inline void converge() {
-  block->together("converge", nullptr, [](void**) {});
+  const auto first = static_cast<size_t>(thread_index() / kWarp * kWarp);
+  block->together("converge", nullptr, [&](void**) { block->synchronize(first, first + kWarp); });
 }
 inline float shuffle_xor(float v, int mask) {
   struct Lane {

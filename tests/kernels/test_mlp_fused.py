@@ -186,7 +186,8 @@ def test_path_on_a_gpu(sizes, options: dict, dtype: torch.dtype, shared: int, re
             layer.linear.weight, layer.linear.bias = (
                 torch.nn.Parameter(p.detach().to(dtype)) for p in layer.linear.parameters()
             )
-        for forced, calls in (("native", {("native" if not reason else "reference", reason)}), (None, set())):
+        path = ("reference", reason) if reason else ("native", _dispatch.UNMEASURED)
+        for forced, calls in (("native", {path}), (None, set())):
             bmf.explain(reset=True)
             with _dispatch.forcing(forced):
                 assert model(x).shape == (6, sizes[-1])
