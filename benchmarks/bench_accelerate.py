@@ -264,6 +264,9 @@ BENCHMARK = StepBenchmark(
         family("T5-small, padded", 8, 128, T5_SMALL, "T5ForConditionalGeneration"),
         family("BART-base of 3 layers, padded", 8, 128, BART_BASE, "BartForConditionalGeneration"),
     ),
-    cuda_cases=(case("MiniLM", 256, 128, FULL, MINILM, quick=True, compiled=("bf16",), dtypes=("bf16",)),),
+    cuda_cases=(
+        case("MiniLM", 256, 128, FULL, MINILM, quick=True, compiled=("bf16",), dtypes=("bf16",)),
+        case("GPT-2", 16, 1024, FULL, GPT2, model=LANGUAGE_MODEL, compiled=("bf16",), dtypes=("bf16",)),
+    ),
     tiny=case("tiny", 2, 8, DRAWN, TINY, compiled=("bf16", "fp32")),
 )

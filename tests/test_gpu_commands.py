@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 for package in PACKAGES:
     pytest.importorskip(package)
 
+from bigmodel_fast.benchmarks import gpu_commands, gpu_worker  # noqa: E402
+
 import bigmodel_fast as bmf  # noqa: E402
 from bigmodel_fast.cli import main  # noqa: E402
 from bigmodel_fast.optim import AdamW  # noqa: E402
@@ -280,3 +282,16 @@ def test_too_little_memory_for_a_measurement_is_one_line(when: str, tmp_path: Pa
         monkeypatch.setattr("bigmodel_fast.train.evaluation.judge", full)
     with pytest.raises(TrainError, match="evaluate: out of memory; lower --batch"):
         evaluate(EvaluateConfig(model=str(tmp_path / "run"), data=data))
+
+
+# ---- what benchmarks/gpu.py runs on a GPU ----
+
+
+@pytest.mark.parametrize("name", ["finetune", "train-image --model mlp", "train-image --model vit"])
+def test_commands_that_train_are_checks_that_can_fail(name: str, monkeypatch) -> None:
+    check = dict(gpu_worker.checks_of("facts:0/1", torch.device("cpu")))[f"bigmodel-fast {name}"]
+    assert check().startswith("loss ")
+    monkeypatch.setattr(gpu_commands, "losses", lambda *_: [])
+    monkeypatch.setattr(gpu_commands, "command", lambda *_: [1.0, 2.0])
+    with pytest.raises(AssertionError, match="losses"):
+        check()
