@@ -1,7 +1,8 @@
 """A training step of models of transformers, as they are and after bmf.accelerate: forward, loss, backward, AdamW.
 
-Two shapes with random weights, MiniLM's with a classifier on top and GPT-2's; the step is the one of any loop, with
-dropout at work. All providers start from the same weights, see the same batches and use torch's fused AdamW.
+Shapes with random weights: MiniLM's, DistilBERT's and ModernBERT's with a classifier on top, GPT-2's, T5-small's and
+BART-base's with their loss; the step is the one of any loop, with dropout at work. All providers start from the same
+weights, see the same batches and use torch's fused AdamW.
 """
 
 import importlib.util
@@ -22,6 +23,7 @@ from .cases import BENCH_SEED, Case, Results, StepBenchmark, StepTask, autocast
 
 LR, BATCHES, REAL_BATCHES, CLASSES = 2e-5, 2, 12, 2
 CLASSIFIER, LANGUAGE_MODEL = "BertForSequenceClassification", "GPT2LMHeadModel"
+WRITERS = ("T5ForConditionalGeneration", "BartForConditionalGeneration")  # of texts half as long as those they read
 FULL, DRAWN, REAL = "full", "drawn", "real"  # what sentences fill of a batch
 
 Batch = dict[str, Tensor]
@@ -65,6 +67,10 @@ def drawn_batches(case: Case, device: torch.device) -> list[Batch]:
         if case.options["padding"] == DRAWN:
             lengths = draw(length + 1, batch, low=length // 4)
             mask = (torch.arange(length, device=device) < lengths[:, None]).long()
+        if case.options["model"] in WRITERS:
+            labels = tokens[:, : length // 2].masked_fill(mask[:, ::2] == 0, -100)
+            batches.append({"input_ids": tokens * mask, "attention_mask": mask, "labels": labels})
+            continue
         batches.append({"input_ids": tokens * mask, "attention_mask": mask, "labels": draw(CLASSES, batch)})
     return batches  # 0 is the padding token
 
@@ -141,21 +147,36 @@ def exact(case: Case, inputs: Inputs) -> Results:
 
 
 def flops(case: Case, inputs: Inputs) -> float:
-    """6 for each weight of a product and token, 12 length width a layer and token for attention (half of it if causal).
+    """6 for each weight of a product and token, 12 width a layer for each query and key that sees another.
 
     Padding does not count; the batches are taken in turns, so their mean does.
     """
-    config = case.options["config"]
-    names = (("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"))
-    width, layers = (config.get(name, config.get(gpt2s)) for name, gpt2s in names)
-    causal = case.options["model"] == LANGUAGE_MODEL
-    weights = layers * (4 * width**2 + 2 * width * config.get("intermediate_size", 4 * width))
-    weights += width * config["vocab_size"] if causal else 0
+    config, model = case.options["config"], case.options["model"]
+
+    def first(*names: str, default: int = 0) -> int:
+        return next((config[name] for name in names if name in config), default)
+
+    width = first("hidden_size", "n_embd", "dim", "d_model")
+    inner = first("intermediate_size", "hidden_dim", "d_ff", "encoder_ffn_dim", default=4 * width)
+    layers = first("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
+    every = first("global_attn_every_n_layers", default=1)  # this many layers have one that sees all
+    far = -(-layers // every)
+    dense = 4 * width**2 + (2 if every == 1 else 3) * width * inner
+    head = width * config["vocab_size"]
     total = 0.0
     for batch in inputs.batches:
-        lengths = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum(1).double()
-        attention = 12.0 * layers * width * lengths.square().sum().item() * (0.5 if causal else 1.0)
-        total += 6.0 * weights * lengths.sum().item() + attention
+        read = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum(1).double()
+        square = (read * read).sum().item()
+        near = (read * read.clamp(max=first("local_attention") + 1)).sum().item()
+        products, pairs = layers * dense * read.sum().item(), far * square + (layers - far) * near
+        if model == LANGUAGE_MODEL:
+            products, pairs = products + head * read.sum().item(), pairs / 2
+        elif model in WRITERS:
+            written = (batch["labels"] != -100).sum(1).double()
+            products += (layers * (dense + 2 * width**2) + head) * written.sum().item()
+            products += layers * 2 * width**2 * read.sum().item()
+            pairs += layers * ((written * written).sum().item() / 2 + (written * read).sum().item())
+        total += 6.0 * products + 12.0 * width * pairs
     return total / len(inputs.batches)
 
 
@@ -163,6 +184,10 @@ def case(name: str, batch: int, length: int, padding: str, config: dict[str, Any
     options = {"model": how.pop("model", CLASSIFIER), "config": config, "batch": (batch, length), "padding": padding}
     size = "" if padding == REAL else f", {batch}x{length} tokens"
     return Case(f"{name}{size}", options=options, **how)
+
+
+def family(name: str, batch: int, length: int, config: dict[str, Any], model: str) -> Case:
+    return case(name, batch, length, DRAWN, config, model=model, dtypes=("bf16",))
 
 
 MINILM = {
@@ -182,6 +207,38 @@ TINY = {
     "num_labels": CLASSES,
 }
 GPT2 = {"vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "use_cache": False}
+DISTILBERT = {"vocab_size": 30522, "dim": 768, "n_layers": 6, "n_heads": 12, "hidden_dim": 3072, "num_labels": CLASSES}
+MODERNBERT = {
+    "vocab_size": 50368,
+    "hidden_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1152,
+    "local_attention": 128,
+    "global_attn_every_n_layers": 3,
+    "pad_token_id": 0,
+    "num_labels": CLASSES,
+}
+T5_SMALL = {
+    "vocab_size": 32128,
+    "d_model": 512,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "num_heads": 8,
+    "decoder_start_token_id": 0,
+}
+BART_BASE = {
+    "vocab_size": 50265,
+    "d_model": 768,
+    "encoder_layers": 3,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 12,
+    "decoder_attention_heads": 12,
+    "encoder_ffn_dim": 3072,
+    "decoder_ffn_dim": 3072,
+    "pad_token_id": 0,
+}
 
 BUILDERS = {
     "bigmodel_fast": builder(bmf.accelerate),
@@ -202,7 +259,14 @@ BENCHMARK = StepBenchmark(
         case("MiniLM, padded", 32, 128, DRAWN, MINILM, dtypes=("bf16",)),
         *((case("MiniLM, SST-2 in batches of 32", 32, 0, REAL, MINILM, dtypes=("bf16",)),) if sst2_file() else ()),
         case("GPT-2", 1, 512, FULL, GPT2, model=LANGUAGE_MODEL, dtypes=("bf16",), compiled=("bf16",)),
+        family("DistilBERT, padded", 8, 128, DISTILBERT, "DistilBertForSequenceClassification"),
+        family("ModernBERT of 6 layers, padded", 2, 512, MODERNBERT, "ModernBertForSequenceClassification"),
+        family("T5-small, padded", 8, 128, T5_SMALL, "T5ForConditionalGeneration"),
+        family("BART-base of 3 layers, padded", 8, 128, BART_BASE, "BartForConditionalGeneration"),
     ),
-    cuda_cases=(case("MiniLM", 256, 128, FULL, MINILM, quick=True, compiled=("bf16",), dtypes=("bf16",)),),
+    cuda_cases=(
+        case("MiniLM", 256, 128, FULL, MINILM, quick=True, compiled=("bf16",), dtypes=("bf16",)),
+        case("GPT-2", 16, 1024, FULL, GPT2, model=LANGUAGE_MODEL, compiled=("bf16",), dtypes=("bf16",)),
+    ),
     tiny=case("tiny", 2, 8, DRAWN, TINY, compiled=("bf16", "fp32")),
 )

@@ -6,7 +6,6 @@ where this build has them; "bigmodel_fast" is Triton there.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import cache, lru_cache
 from typing import Any
 
@@ -16,11 +15,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from bigmodel_fast import _dispatch, ops
+from bigmodel_fast import ops
 from bigmodel_fast.ops import _cuda
 from bigmodel_fast.ops.attention import allowed_mask, reference
 
-from .cases import Case, Draw, OpBenchmark, normal, projected, values
+from .cases import Case, Draw, OpBenchmark, native, normal, projected, values
 
 Window = tuple[int, int] | None
 BF16 = ("bf16",)
@@ -123,16 +122,6 @@ def flex(
     return (call or compiled_flex())(query, key, value, change, block_mask, enable_gqa=enable_gqa)
 
 
-def native(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    with _dispatch.forcing("native"):
-        out = ops.attention(query, key, value, **options)
-    if out.grad_fn is not None:
-        forced = ExitStack()
-        out.grad_fn.register_prehook(lambda _: forced.enter_context(_dispatch.forcing("native")))
-        out.grad_fn.register_hook(lambda *_: forced.close())
-    return out
-
-
 def by_head(
     query: Tensor,
     key: Tensor,
@@ -211,7 +200,7 @@ BENCHMARK = OpBenchmark(
     unit="FLOP",
     functions={"bigmodel_fast": ops.attention, "eager": sdpa},
     cuda_functions={
-        **({"native": native} if _cuda.BUILT else {}),
+        **native(ops.attention),
         "eager flash": with_backend(SDPBackend.FLASH_ATTENTION),
         "eager cudnn": with_backend(SDPBackend.CUDNN_ATTENTION),
         "flex": flex,

@@ -8,7 +8,7 @@ from torch import Tensor
 from bigmodel_fast import ops
 from bigmodel_fast.ops.gated_mlp import reference
 
-from .cases import Case, OpBenchmark, installed, normal, weight
+from .cases import Case, OpBenchmark, installed, native, normal, weight
 
 
 def eager(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ BENCHMARK = OpBenchmark(
     name="gated_mlp",
     unit="FLOP",
     functions={"bigmodel_fast": ops.gated_mlp, "eager": eager},
-    cuda_functions={"liger": liger} if installed("liger_kernel") else {},
+    cuda_functions=native(ops.gated_mlp) | ({"liger": liger} if installed("liger_kernel") else {}),
     reference=reference,
     count=flops,
     cases=(

@@ -12,7 +12,7 @@ from bigmodel_fast.ops.linear import reference
 from .cases import Case, OpBenchmark, normal, weight
 
 
-def eager(x: Tensor, weight: Tensor, bias: Tensor, *, activation: str | None = None) -> Tensor:
+def eager(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
     return activate(F.linear(x, weight, bias), activation)
 
 
@@ -26,6 +26,11 @@ def case(rows: int, k: int, n: int, activation: str | None = None, quick: bool =
     name = f"{rows}x{k} to {n}{' ' + activation if activation else ''}"
     args = {"x": normal(rows, k), "weight": weight(n, k), "bias": weight(n)}
     return Case(name, args, {"activation": activation}, quick, **how)
+
+
+def product(rows: int, k: int, n: int) -> Case:
+    """A product and its gradients with nothing around them: eager is cuBLAS alone."""
+    return Case(f"{rows}x{k} to {n} alone", {"x": normal(rows, k), "weight": normal(n, k)}, dtypes=("bf16",))
 
 
 BENCHMARK = OpBenchmark(
@@ -48,6 +53,8 @@ BENCHMARK = OpBenchmark(
         case(65536, 768, 2304, dtypes=("bf16",)),
         case(8192, 4096, 16384, "gelu", dtypes=("bf16",)),
         case(64, 4096, 4096, dtypes=("bf16",)),
+        product(8192, 4096, 16384),  # these two are the products of mlp's first case
+        product(8192, 16384, 4096),
     ),
     tiny=case(5, 7, 9, "gelu"),
 )

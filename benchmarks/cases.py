@@ -9,12 +9,15 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from bigmodel_fast import _dispatch
+from bigmodel_fast.ops import _cuda
 
 OURS, EAGER, COMPILE = "bigmodel_fast", "eager", "compile"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -125,6 +128,21 @@ class Task(Protocol):
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
     """bf16 means autocast with float32 weights; fp32 means no autocast."""
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else nullcontext()
+
+
+def native(function: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
+    """An operator by our kernels in CUDA C++, in both directions: the provider "native", where this build has them."""
+
+    def forced(*args: Any, **kwargs: Any) -> Tensor:
+        with _dispatch.forcing("native"):
+            out = function(*args, **kwargs)
+        if out.grad_fn is not None:
+            backward = ExitStack()
+            out.grad_fn.register_prehook(lambda _: backward.enter_context(_dispatch.forcing("native")))
+            out.grad_fn.register_hook(lambda *_: backward.close())
+        return out
+
+    return {"native": forced} if _cuda.BUILT else {}
 
 
 class OpTask:

@@ -47,8 +47,9 @@ from .report import machine
 MINUTES = 9.0
 SHARE = 0.5  # of the time, at most, before the tables
 SHARDS = {"facts": 4, "numerics": 8, "prepare": 1, "determinism": 2}  # processes: most of the time goes to compilers
-FIRST_TABLES = ("gpt", "attention", "linear_cross_entropy", "adamw", "rms_norm", "mlp", "gated_mlp", "attention_varlen")
-TABLE_LIMITS = {"gpt": 150.0, "attention": 90.0}  # seconds of a table, as long as others wait
+FIRST_TABLES = ("gpt", "attention", "accelerate", "linear_cross_entropy", "adamw", "rms_norm", "mlp", "gated_mlp",
+                "mlp_fused", "linear", "attention_varlen")  # fmt: skip
+TABLE_LIMITS = {"gpt": 150.0, "attention": 90.0, "accelerate": 60.0}  # seconds of a table, as long as others wait
 TABLE_LIMIT = 45.0
 STALL, LONG_STALL = 90.0, 200.0  # seconds without a sign of life, after which a check hangs; of a table or sanitizer
 CRASHES = 6  # of a job, after which it is given up

@@ -1,17 +1,12 @@
 """What is claimed of the operators on a GPU beyond their numbers, each as a check that fails if it is not so: paths,
-CUDA graphs, torch.compile, streams, devices, waiting for the device, dropout, 64-bit offsets, the trainer, and the same
-bits each time. A check returns what there is to say, and raises if it fails.
+CUDA graphs, torch.compile, streams, devices, waiting for the device, dropout, 64-bit offsets, and the same bits each
+time. A check returns what there is to say, and raises if it fails.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +22,6 @@ from .cases import DTYPES, EAGER, OURS, Case, OpBenchmark, Results
 Check = tuple[str, Callable[[], Any]]
 REPEATS = 20  # of a call whose bits must not change
 STEPS = 4  # of a training step that is compared
-TRAINED_STEPS = 12
 
 
 class Skip(Exception):
@@ -74,8 +68,6 @@ def facts(device: torch.device) -> Iterator[Check]:
         yield f"{benchmark.name}: on a device that is not the current one", partial(elsewhere, benchmark)
     yield "attention: dropout makes the choices of the CPU", partial(dropout, device)
     yield "rms_norm, cross_entropy: more than 2^31 elements", partial(far, device)
-    for option in ("", "--cuda-graphs", "--compile"):
-        yield f"bigmodel-fast pretrain {option}".strip(), partial(trainer, option, device)
 
 
 def results(benchmark: OpBenchmark, device: torch.device, dtype: str = "bf16", case: Case | None = None) -> Results:
@@ -320,30 +312,6 @@ def far(device: torch.device) -> str:
     loss = ops.cross_entropy(x, target, reduction="none")[-tail:]
     torch.testing.assert_close(loss, ops.cross_entropy(end, target[-tail:], reduction="none"))
     return f"{x.numel():,} elements"
-
-
-def trainer(option: str, device: torch.device) -> str:
-    """A short run of the command; its losses are those of a run without the option, or nearly."""
-    with tempfile.TemporaryDirectory() as folder:
-        plain, found = losses([], Path(folder), device), losses(option.split(), Path(folder), device)
-    nearly = {"": 0.0, "--cuda-graphs": 1e-3, "--compile": 0.02}[option]
-    for step, (a, e) in enumerate(zip(found, plain, strict=True), 1):
-        assert abs(a - e) <= nearly * e, f"step {step}: loss {a}, without {option or 'a second run'} {e}"
-    return f"loss {found[0]:.3f} to {found[-1]:.3f} in {len(found)} steps"
-
-
-def losses(options: list[str], folder: Path, device: torch.device) -> list[float]:
-    out = folder / f"run{len(list(folder.iterdir()))}"
-    text = folder / "text.txt"
-    if not text.exists():
-        text.write_text("\n".join(f"{i} all work and no play makes a dull day" for i in range(4000)))
-    command = [sys.executable, "-m", "bigmodel_fast", "pretrain", "--data", str(text), "--cache", str(folder / "cache")]
-    command += ["--out", str(out), "--steps", str(TRAINED_STEPS), "--device", device.type, "--tokenizer", "bytes"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=100)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
-    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 def determinism(device: torch.device) -> Iterator[Check]:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from . import engine, load, names
 from .cases import Case, is_compiled
 from .devices import open_device
 from .gpu_checks import Check, Skip, determinism, facts
+from .gpu_commands import commands
 from .gpu_numerics import numerics, workloads
 
 POISONED = 3  # exit code: the GPU is of no use to this process any more
@@ -53,7 +55,7 @@ def compile_for_tables(benchmark: Any, provider: str, case: Case, dtype: str, de
 
 
 KINDS = {
-    "facts": facts,
+    "facts": lambda device: chain(facts(device), commands(device)),
     "numerics": numerics,
     "determinism": determinism,
     "prepare": prepare,

@@ -17,17 +17,24 @@ Table = tuple[tuple[int, int, Tiles], ...]
 ANY = 5
 
 FORWARD: dict[int, Table] = {
-    80: ((128, 0, Tiles(128, 64, 8, 2)), (128, ANY, Tiles(64, 64, 8, 2)), (256, ANY, Tiles(64, 32, 8, 2))),
+    80: (
+        (64, 0, Tiles(128, 64, 8, 2)),
+        (128, 0, Tiles(128, 32, 8, 2)),
+        (128, ANY, Tiles(64, 64, 8, 2)),
+        (256, ANY, Tiles(64, 32, 8, 2)),
+    ),
     90: (
         (128, 0, Tiles(128, 128, 8, 2)),
         (128, ANY, Tiles(128, 64, 8, 2)),
         (256, 0, Tiles(128, 64, 8, 2)),
-        (256, ANY, Tiles(128, 32, 8, 2)),
+        (256, 3, Tiles(128, 32, 8, 2)),
+        (256, ANY, Tiles(64, 32, 8, 2)),
     ),
     100: (
         (128, 0, Tiles(128, 128, 8, 2)),
-        (128, ANY, Tiles(128, 64, 8, 2)),
-        (256, 0, Tiles(128, 64, 8, 2)),
+        (128, 1, Tiles(128, 64, 8, 2)),
+        (128, ANY, Tiles(64, 64, 8, 2)),
+        (256, 0, Tiles(64, 64, 8, 2)),
         (256, ANY, Tiles(64, 32, 8, 1)),
     ),
 }
@@ -41,7 +48,8 @@ QUERY_GRADIENT: dict[int, Table] = {
     80: ((128, ANY, Tiles(64, 64, 8, 2)), (256, ANY, Tiles(64, 32, 8, 1))),
     90: (
         (128, 0, Tiles(128, 64, 8, 2)),
-        (128, ANY, Tiles(64, 64, 8, 2)),
+        (128, 3, Tiles(64, 64, 8, 2)),
+        (128, ANY, Tiles(64, 32, 8, 2)),
         (256, 0, Tiles(64, 64, 8, 2)),
         (256, ANY, Tiles(32, 32, 8, 2)),
     ),
@@ -52,18 +60,22 @@ QUERY_GRADIENT: dict[int, Table] = {
     ),
 }
 KEY_GRADIENTS: dict[int, Table] = {
-    80: ((128, 1, Tiles(32, 64, 8, 2)), (128, ANY, Tiles(32, 32, 8, 1)), (256, ANY, Tiles(32, 32, 8, 1))),
+    80: (
+        (128, 0, Tiles(32, 64, 8, 2)),
+        (128, 1, Tiles(32, 64, 8, 1)),
+        (256, ANY, Tiles(32, 32, 8, 1)),
+    ),
     90: (
         (64, 0, Tiles(64, 128, 8, 2)),
         (64, 1, Tiles(32, 128, 8, 2)),
         (128, 0, Tiles(32, 128, 8, 2)),
         (128, 1, Tiles(32, 64, 8, 2)),
-        (128, ANY, Tiles(32, 32, 8, 1)),
-        (256, ANY, Tiles(32, 32, 8, 2)),
+        (128, ANY, Tiles(32, 32, 8, 2)),
+        (256, 0, Tiles(32, 32, 8, 2)),
+        (256, ANY, Tiles(16, 32, 8, 2)),
     ),
     100: (
         (64, 0, Tiles(32, 128, 8, 2)),
-        (128, ANY, Tiles(32, 32, 4, 1)),
         (256, ANY, Tiles(32, 32, 8, 2)),
     ),
 }
@@ -72,12 +84,12 @@ BIAS_GRADIENT: dict[int, Table] = {
     90: ((256, ANY, Tiles(64, 32, 8, 1)),),
     100: ((128, ANY, Tiles(64, 32, 8, 1)), (256, ANY, Tiles(16, 32, 4, 1))),
 }
-FLOAT32: dict[str, Tiles] = {
-    "forward": Tiles(32, 32, 8, 1, "tf32x3"),
-    "decode": Tiles(32, 32, 8, 1, "tf32x3"),
-    "query_gradient": Tiles(16, 32, 4, 1, "tf32x3"),
-    "key_gradients": Tiles(16, 32, 4, 1),
-    "bias_gradient": Tiles(32, 32, 8, 1),
+FLOAT32: dict[str, Table] = {
+    "forward": ((64, ANY, Tiles(32, 32, 8, 1, "tf32x3")), (128, ANY, Tiles(16, 32, 4, 1, "tf32x3"))),
+    "decode": ((128, ANY, Tiles(32, 32, 8, 1, "tf32x3")),),
+    "query_gradient": ((128, ANY, Tiles(16, 32, 4, 1, "tf32x3")),),
+    "key_gradients": ((128, ANY, Tiles(16, 64, 8, 1)),),
+    "bias_gradient": ((64, ANY, Tiles(32, 32, 8, 1)), (128, ANY, Tiles(16, 32, 8, 1))),
 }
 TABLES = {
     "forward": FORWARD,
@@ -119,16 +131,9 @@ def columns_of(dim: int) -> int:
 def choose(kernel: str, target: Target, dtype: torch.dtype, dim: int, extras: int, queries: int) -> Tiles:
     """The tiles of one of the kernels; fewer queries than a tile has take the smallest tile that holds them."""
     columns = columns_of(dim)
-    if dtype is torch.float32:
-        tiles = FLOAT32[kernel]
-    else:
-        table = TABLES[kernel][target.choices]
-        tiles = next(t for most_columns, most_extras, t in table if columns <= most_columns and extras <= most_extras)
-    rows = max(16, power_of_two(queries))
-    if rows >= tiles.queries:
-        return tiles
-    wide = kernel == "key_gradients" or (kernel == "bias_gradient" and dtype is torch.float32)  # keys fill the warps
-    return replace(tiles, queries=rows, warps=tiles.warps if wide else min(4, tiles.warps))
+    table = FLOAT32[kernel] if dtype is torch.float32 else TABLES[kernel][target.choices]
+    tiles = next(t for most_columns, most_extras, t in table if columns <= most_columns and extras <= most_extras)
+    return replace(tiles, queries=min(tiles.queries, max(16, power_of_two(queries))))
 
 
 def alternatives(kernel: str, tiles: Tiles, dim: int) -> tuple[Tiles, ...]:

@@ -15,7 +15,7 @@ DTYPES = ("fp32", "bf16")
 B, S, E, H = 2, 7, 24, 3  # batch, tokens, width, heads
 
 
-def _run(model: nn.Module, call: Call, dtype: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def run(model: nn.Module, call: Call, dtype: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     model.zero_grad(set_to_none=True)
     with torch.autocast("cpu", torch.bfloat16) if dtype == "bf16" else nullcontext():
         outputs, scalar = call(model)
@@ -35,7 +35,7 @@ def assert_same_model(model: nn.Module, call: Call, dtype: str, **options: bool)
     fast = copy.deepcopy(model)
     report = bmf.accelerate(fast, **options)
     assert list(fast.state_dict()) == list(model.state_dict())
-    found, eager, true = _run(fast, call, dtype), _run(stock, call, dtype), _run(exact, call, "fp64")
+    found, eager, true = run(fast, call, dtype), run(stock, call, dtype), run(exact, call, "fp64")
     assert found[0].keys() == eager[0].keys()
     for name in found[0]:
         made, stocks = found[0][name], eager[0][name]
@@ -51,6 +51,27 @@ def assert_same_model(model: nn.Module, call: Call, dtype: str, **options: bool)
             limit = max(numerics.largest(g) for other, g in true[1].items() if _block(other) == _block(name))
         numerics.assert_close(made, stocks, true[1][name], numerics.BACKWARD, f"gradient of {name}", limit)
     return report, fast
+
+
+def assert_same_training(model: nn.Module, calls: list[Call], steps: int = 32):
+    """The losses of AdamW's steps stay as near to those in float64 as the stock model's, and fall."""
+
+    def losses(trained: nn.Module) -> Tensor:
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3, eps=1e-3)
+        found = []
+        for step in range(steps):
+            loss = calls[step % len(calls)](trained)[1]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.detach())
+        return torch.stack(found)
+
+    fast = copy.deepcopy(model)
+    bmf.accelerate(fast)
+    exact, stock = losses(copy.deepcopy(model).double()), losses(copy.deepcopy(model))
+    assert exact[-len(calls) :].mean() < exact[: len(calls)].mean() - 0.1
+    numerics.assert_close(losses(fast), stock, exact, numerics.BACKWARD, "losses")
 
 
 def weighed(y: Tensor) -> Tensor:

@@ -51,3 +51,21 @@ def settings(corpus: Path, tmp_path: Path):
         )
 
     return make
+
+
+@pytest.fixture
+def copying(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Batches are copied one ahead, as on a GPU; what happens is appended to the list."""
+    from bigmodel_fast.train.passes import Ahead
+
+    events: list[str] = []
+    initialise = Ahead.__init__
+
+    def copies(self, *args) -> None:
+        initialise(self, *args)
+        self._copies = "a stream"
+
+    monkeypatch.setattr(Ahead, "__init__", copies)
+    monkeypatch.setattr(Ahead, "_copy", lambda self, t: events.append("copy") or t.clone())
+    monkeypatch.setattr(Ahead, "_wait_for", lambda self, batch: events.append("wait"))
+    return events

@@ -50,7 +50,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "mistral": ("MistralForCausalLM", {**LLAMA, "sliding_window": 5}, {"MistralMLP", "MistralAttention"}),
     "gemma2": (
         "Gemma2ForCausalLM",
-        {**LLAMA, "sliding_window": 5, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0},
+        {**LLAMA, "sliding_window": 9, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0},
         {"Gemma2MLP", "Gemma2Attention", "Gemma2RMSNorm", "Gemma2ForCausalLM"},
     ),
 }
@@ -64,7 +64,8 @@ def make(family: str, **changes: Any) -> nn.Module:
     torch.manual_seed(0)
     # Above its padding index, which is 0 where the tokens are not.
     config = cls.config_class(**{**config, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **changes})
-    config._attn_implementation = "eager"
+    # Eager attention of Llama's kind takes its softmax in float32: NaN in a float64 model where a row sees no key.
+    config._attn_implementation = "sdpa" if family in ("llama", "qwen2", "qwen3", "mistral") else "eager"
     model = cls(config)
     for p in model.parameters():
         nn.init.normal_(p, 0.0, 0.2) if p.dim() > 1 else nn.init.normal_(p, 0.3, 0.1)
@@ -74,6 +75,7 @@ def make(family: str, **changes: Any) -> nn.Module:
 def language_model(**inputs: Any):
     def call(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
         loss = model(TOKENS, **inputs).loss
+        assert loss.isfinite()
         return {"loss": loss}, loss
 
     return call
@@ -131,11 +133,14 @@ def test_a_training_run(family: str) -> None:
 @pytest.mark.parametrize("padding", [None, RIGHT, LEFT], ids=["none", "right", "left"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits(family: str, padding: Tensor | None) -> None:
+    if family == "gemma2" and padding is LEFT:
+        pytest.skip("its eager attention, with its softcap, is NaN in float64 where a row sees no key")
     model = make(family).eval()
     seen = torch.ones_like(RIGHT) if padding is None else padding
 
     def call(m: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
         logits = m(TOKENS, attention_mask=padding).logits[seen.bool()]  # what padding sees is no one's business
+        assert logits.isfinite().all()
         return {"logits": logits}, weighed(logits)
 
     assert_same_model(model, call, "fp32")

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import bigmodel_fast as bmf
+from bigmodel_fast import ops
 
 each_spec = pytest.mark.parametrize("spec", all_specs(), ids=case_id)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)
@@ -55,6 +56,23 @@ def test_compile_full_graph(spec: Spec) -> None:
     assert_same(grads.values(), expected_grads.values(), f"{spec.name} gradient")
     without_grad = compiled(**call[0], **sample.options)
     assert_same(as_tuple(without_grad), expected, f"{spec.name} output without gradients")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: ops.mlp(x, w, None, w, None, residual=x),
+        lambda x, w: ops.rms_norm(x, w[0], residual=x)[0],
+    ],
+    ids=["mlp", "rms_norm"],
+)
+def test_compile_of_one_tensor_as_two_arguments(call) -> None:
+    torch._dynamo.reset()
+    tensors = {"x": torch.randn(16, 16), "w": torch.randn(16, 16)}
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    (outputs, grads), (expected, expected_grads) = (differentiate(f, tensors, {}, ("x",)) for f in (compiled, call))
+    assert_same(outputs, expected, "output")
+    assert_same(grads.values(), expected_grads.values(), "gradient")
 
 
 @each_spec

@@ -1,8 +1,11 @@
 """explain(): what it counts, the reasons it gives, and its table."""
 
+import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import bigmodel_fast as bmf
+from bigmodel_fast import _dispatch
 
 
 def rows() -> list[tuple[str, str, str, int]]:
@@ -28,3 +31,17 @@ def test_table_has_a_row_per_path() -> None:
     header, row = str(bmf.explain(reset=True)).splitlines()
     assert header.split()[:3] == ["operator", "path", "calls"]
     assert row.split() == ["linear", "reference", "1", "no", "kernel", "for", "torch.float64"]
+
+
+def test_says_that_a_cuda_kernel_was_never_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_native_cuda", {"attention"})
+    with FakeTensorMode():
+        query = torch.empty(2, dtype=torch.bfloat16, device="cuda")
+    bmf.explain(reset=True)
+    with _dispatch.forcing("native"):
+        assert _dispatch.use_native("attention", None, query)
+        assert not _dispatch.use_native("attention", "no kernel", query)
+    assert rows() == [
+        ("attention", "native", _dispatch.UNMEASURED, 1),
+        ("attention", "reference", "no kernel", 1),
+    ]

@@ -6,6 +6,8 @@ from compare import assert_matches
 from specs import Layout, Sample, Spec, all_specs, case_id, cases
 from torch import Tensor
 
+from bigmodel_fast import ops
+
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -75,3 +77,17 @@ def test_every_tail_length(spec: Spec, dtype: torch.dtype) -> None:
     for n in range(1, 68):  # 64 is the widest block any kernel works in
         sample = spec.tail(n)
         assert_matches(spec, sample, sample.tensors(dtype), what=f"n={n}")
+
+
+@pytest.mark.parametrize("op", [ops.rms_norm, lambda x, w: ops.layer_norm(x, w, w)], ids=["rms_norm", "layer_norm"])
+def test_outputs_larger_than_caches(op) -> None:
+    """Rows that are written past the caches are the same bits as those of a few."""
+
+    def with_gradient(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        y = op(x, weight)
+        return y.detach(), torch.autograd.grad(y, x, dy)[0]
+
+    x, dy, weight = torch.randn(8200, 768), torch.randn(8200, 768), torch.randn(768)
+    for large, few in zip(with_gradient(x, dy), with_gradient(x[-9:], dy[-9:]), strict=True):
+        assert torch.equal(large[-9:], few)

@@ -372,6 +372,9 @@ def test_data_that_does_not_fit_is_told_in_one_line(x: Tensor, y: Tensor, error:
     double = network().double()
     with pytest.raises(TypeError, match=r"0\.weight must be contiguous float32 on the CPU, got torch\.float64"):
         MLPTrainer(double, optimizer=SGD(double.parameters(), lr=0.1)).step(*data("cross_entropy"))
+    elsewhere = network().to("meta")
+    with pytest.raises(TypeError, match=r"trains on the CPU, but 0\.weight is on meta"):
+        MLPTrainer(elsewhere, optimizer=SGD(elsewhere.parameters(), lr=0.1))
     with pytest.raises(IndexError, match=r"order must hold samples in \[0, 50\), got 50"):
         MLPTrainer(model, optimizer=SGD(model.parameters(), lr=0.1)).epoch(
             ArrayLoader(*data("cross_entropy")), order=torch.tensor([50])

@@ -44,22 +44,6 @@ def assert_same_weights(one: Trainer, other: Trainer) -> None:
 # ---- batches ----
 
 
-@pytest.fixture
-def copying(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Feeds copy one batch ahead, as on a GPU; what happens is appended to the list."""
-    events: list[str] = []
-    initialise = Feed.__init__
-
-    def copies(self, *args) -> None:
-        initialise(self, *args)
-        self._copies = "a stream"
-
-    monkeypatch.setattr(Feed, "__init__", copies)
-    monkeypatch.setattr(Feed, "_copy", lambda self, t: events.append("copy") or t.clone())
-    monkeypatch.setattr(Feed, "_wait_for", lambda self, batch: events.append("wait"))
-    return events
-
-
 def test_a_batch_is_copied_ahead_and_the_position_is_that_of_the_one_in_use(copying) -> None:
     tokens = torch.arange(200).numpy()
     plain, feed = Batches(tokens, 2, 8), Feed(Batches(tokens, 2, 8), torch.device("cpu"))

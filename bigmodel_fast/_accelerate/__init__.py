@@ -1,17 +1,32 @@
 """accelerate: our operators in a model that someone else wrote; restore: the model as it was.
 
-`swap.py` says how one module is replaced, `layers.py`, `transformer.py` and `hugging_face.py` hold the recipes. A
-recipe recognises modules by their forward or by what it computes (`probe.py`), never by a name alone. See
-docs/accelerate.md.
+`swap.py` says how one module is replaced, `layers.py`, `transformer.py`, `hugging_face.py` and a file for each other
+family hold the recipes. A recipe recognises modules by their forward or by what it computes (`probe.py`), never by a
+name alone. See docs/accelerate.md.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import hugging_face, interface, layers, swap, transformer
+from .. import _dispatch
+from . import (
+    distilbert,
+    encoder_decoder,
+    hugging_face,
+    interface,
+    layers,
+    modernbert,
+    projected,
+    self_attention,
+    swap,
+    swin,
+    t5,
+    transformer,
+)
 from . import unpad as unpadding
 
 AREAS = ("attention", "mlp", "norm", "loss", "rotary", "unpad")
@@ -21,7 +36,11 @@ RECIPES: tuple[type[swap.Fast], ...] = (
     transformer.FastDecoderLayer,
     transformer.FastMultiheadAttention,
     layers.FastLayerNorm,
-    layers.FastRMSNorm,
+    layers.FastNorm,
+    *distilbert.RECIPES,
+    *modernbert.RECIPES,
+    *t5.RECIPES,
+    *encoder_decoder.RECIPES,
     hugging_face.FastBertAttention,
     hugging_face.FastBertOutput,
     hugging_face.FastBertLayer,
@@ -31,6 +50,9 @@ RECIPES: tuple[type[swap.Fast], ...] = (
     unpadding.FastAttentionBlock,
     hugging_face.FastLlamaAttention,
     hugging_face.FastLanguageModel,
+    projected.FastProjectedAttention,
+    self_attention.FastSelfAttention,
+    swin.FastShiftedWindowAttention,
     layers.FastMLP,
     layers.FastLinear,
     layers.FastEmbedding,
@@ -62,6 +84,13 @@ class Report:
     def left(self) -> tuple[Row, ...]:
         """Modules of a kind there is a recipe for, which were left alone."""
         return tuple(row for row in self.rows if not row.accelerated)
+
+    @property
+    def line(self) -> str:
+        """How many modules of each class were replaced, and left, on one line."""
+        counts = [Counter(row.kind for row in rows) for rows in (self.accelerated, self.left)]
+        fast, left = (", ".join(f"{n} {kind}" for kind, n in count.items()) for count in counts)
+        return f"accelerated: {fast or 'nothing'}" + (f"; left alone: {left}" if left else "")
 
     def __str__(self) -> str:
         groups: dict[tuple[bool, str, str], list[str]] = {}
@@ -127,12 +156,13 @@ def accelerate(
     for name, module in _outermost_pretrained(model):
         rows.append(_examine_interface(name, module, attention))
         interfaces += [module] if rows[-1].accelerated and not interface.enabled(module) else []
-    with torch.random.fork_rng(devices=[]):  # what probes draw is not drawn from the loop
+    with torch.random.fork_rng(devices=[]), _dispatch.unrecorded():  # what probes draw is not drawn from the loop
         for name, module in model.named_modules():
             row, recipe, how = _examine(name, module, wanted)
             rows += [row] if row else []
             if recipe is not None and row is not None and row.accelerated and not swap.is_fast(module):
                 found.append((module, recipe, {**how, "wanted": wanted[recipe.area]}))
+    self_attention.forget()
     report = Report(tuple(rows))
     if strict and not report.accelerated:
         raise RuntimeError("accelerate: nothing in the model is of a kind that can be accelerated")

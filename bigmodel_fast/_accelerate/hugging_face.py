@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._activation import activate
-from ..ops._heads import split_heads
 from ..ops.rotary import reference as rotary_reference
-from . import interface, packing, probe, swap
+from . import interface, probe, swap
 from .layers import dense_mlp
+from .projections import attend, cached, linears, project
 from .swap import Fast, plan
 from .unpad import FIRST, asked_by, labels_ignore_padding
 
@@ -49,29 +49,9 @@ MASKED_MODELS = (
     "CamembertForMaskedLM",
     "DistilBertForMaskedLM",
     "ElectraForMaskedLM",
+    "ModernBertForMaskedLM",
 )
-
-
-def _linears(module: Any, names: tuple[str, ...]) -> str | None:
-    children = tuple((name, module._modules.get(name), nn.Linear.forward) for name in names)
-    return swap.first_not_plain(module, children)
-
-
-def _project(x: Tensor, layers: list[Any], head_dim: int) -> tuple[Tensor, ...]:
-    """Queries, keys and values [B, H, S, D] by one product."""
-    weight = torch.cat([layer.weight for layer in layers])
-    given = [layer.bias is not None for layer in layers]
-    bias = None
-    if any(given):
-        bias = torch.cat(
-            [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
-        )
-    heads = ops.linear(x, weight, bias).view(*x.shape[:2], -1, head_dim)
-    return split_heads(heads, [len(layer.weight) // head_dim for layer in layers])
-
-
-def _cached(kwargs: dict[str, Any]) -> bool:
-    return any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
+COUNTING = ("ModernBertForMaskedLM",)  # masked models whose loss is divided by num_items_in_batch too
 
 
 class FastBertAttention(Fast):
@@ -83,27 +63,18 @@ class FastBertAttention(Fast):
     def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
         if not interface.is_class(module, BERT_ATTENTIONS):
             return None
-        return _linears(module, ("query", "key", "value")) or {}
+        return linears(module, ("query", "key", "value")) or {}
 
     def forward(
         self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        if not interface.enabled(self) or _cached(kwargs) or any(a is not None for a in args):
+        if not interface.enabled(self) or cached(kwargs) or any(a is not None for a in args):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
-        if not swap.note(self, _linears(self, ("query", "key", "value"))):
+        if not swap.note(self, linears(self, ("query", "key", "value"))):
             return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
-        layers = [self.query, self.key, self.value]
-        if kwargs.pop(FIRST, False):
-            (q,) = _project(packing.first_tokens(hidden_states, attention_mask), layers[:1], self.attention_head_size)
-            k, v = _project(hidden_states, layers[1:], self.attention_head_size)
-            attention_mask = interface.first_query(attention_mask)
-        else:
-            q, k, v = _project(hidden_states, layers, self.attention_head_size)
-        p = self.dropout.p if self.training else 0.0
-        y, weights = interface.attention_forward(
-            self, q, k, v, attention_mask, dropout=p, scaling=self.scaling, **kwargs
-        )
-        return y.flatten(2), weights
+        p, first = self.dropout.p if self.training else 0.0, kwargs.pop(FIRST, False)
+        names, head_dim = ("query", "key", "value"), self.attention_head_size
+        return attend(self, names, head_dim, hidden_states, attention_mask, first=first, dropout=p, **kwargs)
 
 
 class FastLlamaAttention(Fast):
@@ -116,9 +87,9 @@ class FastLlamaAttention(Fast):
         if not interface.is_class(module, LLAMA_ATTENTIONS):
             return None
         rotate = getattr(sys.modules[swap.original_class(module).__module__], "apply_rotary_pos_emb", None)
-        if not _rotates_halves(rotate):
+        if not rotates_halves(rotate):
             return "its rotary function is not the one that is known"
-        return _linears(module, ("q_proj", "k_proj", "v_proj", "o_proj")) or {}
+        return linears(module, ("q_proj", "k_proj", "v_proj", "o_proj")) or {}
 
     def forward(
         self: Any,
@@ -128,13 +99,13 @@ class FastLlamaAttention(Fast):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        reason = _linears(self, ("q_proj", "k_proj", "v_proj", "o_proj"))
+        reason = linears(self, ("q_proj", "k_proj", "v_proj", "o_proj"))
         if position_embeddings is None or position_embeddings[0].shape[-1] != self.head_dim:
             reason = "positions for a part of each head"
-        usual = interface.enabled(self) and not _cached(kwargs) and not any(a is not None for a in args)
+        usual = interface.enabled(self) and not cached(kwargs) and not any(a is not None for a in args)
         if not usual or not swap.note(self, reason):
             return super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)  # type: ignore[misc]
-        q, k, v = _project(hidden_states, [self.q_proj, self.k_proj, self.v_proj], self.head_dim)
+        q, k, v = project(hidden_states, [self.q_proj, self.k_proj, self.v_proj], self.head_dim)
         if "q_norm" in self._modules:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = ops.rotary(q, k, *position_embeddings)
@@ -153,7 +124,7 @@ class FastLlamaAttention(Fast):
         return ops.linear(y.flatten(2), self.o_proj.weight, self.o_proj.bias), weights
 
 
-def _rotates_halves(rotate: Callable | None) -> bool:
+def rotates_halves(rotate: Callable | None) -> bool:
     """Whether a function of (query, key, cos, sin) does what ops.rotary does."""
     if rotate is None:
         return False
@@ -260,10 +231,10 @@ class FastLanguageModel(Fast):
         causal = interface.is_class(module, CAUSAL_MODELS)
         if not causal and not interface.is_class(module, MASKED_MODELS):
             return None
-        return _head_reason(module) or {"causal": causal}
+        return _head_reason(module) or {"causal": causal, "counts": causal or interface.is_class(module, COUNTING)}
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        causal = plan(self)["causal"]
+        how = plan(self)
         labels = kwargs.get("labels")
         keeps = kwargs.get("logits_to_keep", 0)
         wanted = self.training and not torch.compiler.is_compiling()
@@ -274,11 +245,11 @@ class FastLanguageModel(Fast):
             labels is None
             or not wanted
             or not whole
-            or not swap.note(self, _head_reason(self) or _loss_reason(self, causal))
+            or not swap.note(self, _head_reason(self) or _loss_reason(self, how))
         ):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         loss_options = {name: kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels", "ignore_index")}
-        unpadded = not causal and not args[1:] and labels_ignore_padding(labels, kwargs.get("attention_mask"))
+        unpadded = not how["causal"] and not args[1:] and labels_ignore_padding(labels, kwargs.get("attention_mask"))
         asked = asked_by(self, "tokens") if unpadded else {}
         head, inputs = self.get_output_embeddings(), []
 
@@ -291,7 +262,7 @@ class FastLanguageModel(Fast):
             outputs = super().forward(*args, **{**kwargs, **asked, "labels": None})  # type: ignore[misc]
         finally:
             hook.remove()
-        loss = _loss(self, head, inputs[0], labels, causal, **loss_options)
+        loss = _loss(self, head, inputs[0], labels, how, **loss_options)
         others = {name: value for name, value in outputs.items() if name not in ("loss", "logits")}
         return type(outputs)(loss=loss, **others)
 
@@ -301,11 +272,14 @@ def _head_reason(module: Any) -> str | None:
     return swap.first_not_plain(module, (("the output layer", head, nn.Linear.forward),))
 
 
-def _loss_reason(module: Any, causal: bool) -> str | None:
-    if causal:
-        from transformers.loss.loss_utils import ForCausalLMLoss
+def _loss_reason(module: Any, how: dict[str, Any]) -> str | None:
+    if getattr(module, "sparse_prediction", False):
+        return "sparse_prediction, by which the model itself computes no other logits"
+    if how["counts"]:
+        from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
-        return None if module.loss_function is ForCausalLMLoss else "a loss function of its own"
+        usual = module.loss_function is (ForCausalLMLoss if how["causal"] else ForMaskedLMLoss)
+        return None if usual else "a loss function of its own"
     own = getattr(module, "mlm_loss_fct", None)  # DistilBERT's
     usual = own is None or (type(own) is nn.CrossEntropyLoss and own.weight is None and own.label_smoothing == 0)
     return None if usual else "a loss function of its own"
@@ -316,22 +290,24 @@ def _loss(
     head: Any,
     hidden: Tensor,
     labels: Tensor,
-    causal: bool,
+    how: dict[str, Any],
     num_items_in_batch: Any,
     shift_labels: Tensor | None,
     ignore_index: int | None,
 ) -> Tensor:
     """transformers' loss: of the next token (divided by num_items_in_batch, if given) or of the masked ones."""
-    ignored = -100 if ignore_index is None or not causal else ignore_index
+    causal, counts = how["causal"], how["counts"]
+    ignored = -100 if ignore_index is None or not counts else ignore_index
     target = labels
     if causal:
         target = F.pad(labels, (0, 1), value=ignored)[..., 1:] if shift_labels is None else shift_labels
-    counted = causal and num_items_in_batch is not None
+    fixed_bias = getattr(module, "final_logits_bias", None)  # BART's
+    counted = counts and num_items_in_batch is not None
     loss = ops.linear_cross_entropy(
         hidden,
         head.weight,
         target.to(hidden.device, torch.int64).reshape(hidden.shape[:-1]),
-        bias=head.bias,
+        bias=head.bias if fixed_bias is None else fixed_bias[0],
         ignore_index=ignored,
         softcap=getattr(module.config, "final_logit_softcapping", None) if causal else None,
         reduction="sum" if counted else "mean",

@@ -87,6 +87,16 @@ def disable(model: nn.Module) -> None:
         module.__dict__["config"] = original
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Hooks that look at a module's tensors; those by which transformers collects outputs sleep when not asked."""
+    if not swap.hooked(module):
+        return False
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
+    hooks += module._backward_pre_hooks.values()
+    return any(capturing is None or getattr(hook, "__module__", None) != capturing.__name__ for hook in hooks)
+
+
 # ---- what is registered ----
 
 
@@ -101,6 +111,7 @@ def attention_forward(
     is_causal: bool | None = None,
     softcap: float | None = None,
     position_bias: Tensor | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as transformers calls it: heads [B, H, S, D] to [B, S, H, D], and weights where they are asked for.
@@ -122,8 +133,10 @@ def attention_forward(
         given = {name: option for name, option in options.items() if option is not None}
         return _by_original(module, query, key, value, attention_mask, causal, {**given, **kwargs})
     bounds = packing.boundaries(attention_mask)
-    if bounds is not None:
-        return _packed(query, key, value, bounds, dropout_p=dropout, scale=scaling, softcap=softcap), None
+    if bounds is not None:  # of an encoder: windows reach to both sides
+        window = None if sliding_window is None else sliding_window - 1
+        options = {"dropout_p": dropout, "scale": scaling, "softcap": softcap, "window": window}
+        return _packed(query, key, value, bounds, **options), None
     if causal and key.shape[2] > query.shape[2]:  # a cache with room behind what it holds
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     sight = sight_of(attention_mask) or {"is_causal": causal, "attn_mask": attention_mask}
@@ -210,7 +223,7 @@ def _sight(mask: Tensor, local_size: int | None) -> dict[str, Any] | None:
         return None
     known: list[dict[str, Any]] = [{"is_causal": False}, {"is_causal": True}]
     if local_size is not None:
-        known += [{"is_causal": True, "window": (local_size - 1, 0)}, {"window": local_size // 2, "is_causal": False}]
+        known += [{"is_causal": True, "window": (local_size - 1, 0)}, {"is_causal": False, "window": local_size}]
     for options in known:
         options = {"window": None, **options, "key_lengths": lengths}
         same = allowed_mask(queries, keys, device=mask.device, **options)

@@ -1,6 +1,7 @@
 """Recipes for single layers: dense layers, dropout, embeddings, norms, MLPs of any name."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from .. import ops
 from . import probe, swap
 from .conv1d import conv1d, conv1d_mlp
 from .swap import Fast, plan
+
+QUICK_GELU = "quick_gelu"  # x sigmoid(1.702 x)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -78,13 +81,21 @@ class FastEmbedding(Fast):
             return None
         if swap.original_class(module).forward is not nn.Embedding.forward:
             return "a subclass of Embedding with a forward of its own"
-        if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
-            return "max_norm, sparse or scale_grad_by_freq"
-        return {}
+        return cls._unusual(module) or {}
+
+    @staticmethod
+    def _unusual(module: nn.Embedding) -> str | None:
+        usual = module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
+        return None if usual else "max_norm, sparse or scale_grad_by_freq"
 
     def forward(self: Any, token: Tensor) -> Tensor:
+        rows = self._rows(token)
+        return super().forward(token) if rows is None else rows  # type: ignore[misc]
+
+    def _rows(self: Any, token: Tensor) -> Tensor | None:
+        """The rows of some tokens; None where the original has to look them up."""
         if swap.unusual(self) or type(token) is not Tensor or token.dtype is not torch.int64:
-            return super().forward(token)  # type: ignore[misc]
+            return None
         out = ops.embedding(token, self.weight)
         if self.padding_idx is not None and out.requires_grad:
             padding = (token == self.padding_idx).unsqueeze(-1)
@@ -114,26 +125,31 @@ class FastLayerNorm(Fast):
             return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
-class FastRMSNorm(Fast):
-    """torch's, or one of another library whose forward computes it: x / rms(x) times weight or 1 + weight."""
+class FastNorm(Fast):
+    """torch's RMSNorm, or any norm whose forward computes a LayerNorm or x / rms(x), times weight or 1 + weight."""
 
     area = "norm"
 
     @classmethod
     def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
-        named = "RMSNorm" in type(module).__name__ or type(module).__name__ == "T5LayerNorm"
-        if not named or any(True for _ in module.children()):
+        original = swap.original_class(module)
+        if original.forward is nn.RMSNorm.forward:
+            weight = module._parameters["weight"]
+            if weight is None or weight.dim() > 1:
+                return "over several dimensions, or without weights"
+            return {"kind": "rms", "eps": module.eps, "offset": 0.0, "input_dtype": True}
+        if original.__module__.startswith("torch.nn.") or module._modules:
             return None
-        weight = module._parameters.get("weight")
-        if weight is None or weight.dim() != 1 or len(module._parameters) != 1:
-            return "no weight of one dimension, or other parameters beside it"
-        if swap.original_class(module).forward is nn.RMSNorm.forward:
-            return {"eps": module.eps, "offset": 0.0, "input_dtype": True}
-        for name in ("variance_epsilon", "eps", "epsilon", "norm_eps"):
-            eps = getattr(module, name, None)
-            if isinstance(eps, float) and (offset := probe.rms_norm_offset(module, eps)) is not None:
-                return {"eps": eps, "offset": offset, "input_dtype": offset == 1.0}
-        return "its forward does not compute an RMS norm that is known"
+        named = "RMSNorm" in original.__name__ or original.__name__ == "T5LayerNorm"
+        parameters = {name: p for name, p in module._parameters.items() if p is not None}
+        shapes = {p.shape for p in parameters.values()}
+        usual = (
+            set(parameters) in ({"weight"}, {"weight", "bias"}) and len(shapes) == 1 and len(next(iter(shapes))) == 1
+        )
+        if not usual:
+            return "no weight of one dimension, or other parameters beside it" if named else None
+        found = probe.norm(module)
+        return found or ("its forward does not compute a norm that is known" if "Norm" in original.__name__ else None)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if swap.unusual(self) or type(x) is not Tensor or x.shape[-1:] != self.weight.shape:
@@ -142,35 +158,63 @@ class FastRMSNorm(Fast):
         eps = torch.finfo(x.dtype).eps if how["eps"] is None else how["eps"]
         if how["offset"]:
             weight = weight.float() + how["offset"]
+        if how["kind"] == "layer" and x.is_cuda and torch.is_autocast_enabled("cuda"):
+            x = x.float()
         with swap.without_autocast(x):
             if not how["input_dtype"] and weight.dtype is torch.float32:
                 x = x.float()  # those of Llama's kind give the weight's dtype
+            if how["kind"] == "layer":
+                return ops.layer_norm(x, weight, self._parameters.get("bias"), eps=eps)
             return ops.rms_norm(x, weight, eps=eps)
+
+
+class Finish(NamedTuple):
+    """What a caller does with the output of a module: dropout, then a residual."""
+
+    residual: Tensor
+    dropout_p: float = 0.0
+
+    def after(self, y: Tensor) -> Tensor:
+        return ops.dropout(y, self.dropout_p, residual=self.residual) if self.dropout_p else self.residual + y
+
+
+def within(finish: Finish | None, dropout_p: float, product: Callable[..., Tensor]) -> Tensor:
+    """product(dropout_p=, residual=), by which a module ends, with what its caller does in it."""
+    if finish is None:
+        return product(dropout_p=dropout_p)
+    if dropout_p and finish.dropout_p:
+        return finish.after(product(dropout_p=dropout_p))
+    return product(dropout_p=dropout_p or finish.dropout_p, residual=finish.residual)
 
 
 class FastMLP(Fast):
     """Two dense layers with an activation between them, or three of which one is a gate, and dropout."""
 
     area = "mlp"
+    finishes = True
 
     @classmethod
     def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
         children = dict(module.named_children())
         layers = {name: child for name, child in children.items() if dense_forward(child) is not None}
-        others = [c for name, c in children.items() if name not in layers and any(True for _ in c.parameters())]
-        if len(layers) not in (2, 3) or others or len({_is_conv1d(c) for c in layers.values()}) > 1:
+        others = {name: c for name, c in children.items() if name not in layers and any(True for _ in c.parameters())}
+        if len(layers) not in (2, 3) or len({_is_conv1d(c) for c in layers.values()}) > 1:
             return None
-        found = probe.mlp(module, layers, _is_conv1d(next(iter(layers.values()))))
-        if found is None:
+        if any(p.dim() > 1 for c in others.values() for p in c.parameters()):
             return None
+        found = probe.mlp(module, layers, _is_conv1d(next(iter(layers.values()))), others)
+        if not isinstance(found, tuple):
+            return found
         activation, order, inner, outer = found
         if reason := swap.first_not_plain(module, _children(module, order)):
             return reason
         if len(order) == 3 and any(layers[name].bias is not None for name in order):
             return "a gated MLP with biases"
+        if activation == QUICK_GELU and (len(order) == 3 or _is_conv1d(layers[order[0]])):
+            return "an activation that is not known here"
         return {"activation": activation, "order": order, "inner": inner, "outer": outer}
 
-    def forward(self: Any, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor, bmf_finish: Finish | None = None) -> Tensor:
         how = plan(self)
         reason = swap.first_not_plain(self, _children(self, how["order"]))
         dropouts = [self._modules[name] for name in (*how["inner"], *how["outer"])]
@@ -179,17 +223,26 @@ class FastMLP(Fast):
         if type(x) is not Tensor:
             reason = f"called with a {type(x).__name__}"
         if not swap.note(self, reason):
-            return super().forward(x)  # type: ignore[misc]
+            y = super().forward(x)  # type: ignore[misc]
+            return y if bmf_finish is None else bmf_finish.after(y)
         layers = [self._modules[name] for name in how["order"]]
         inner = swap.active_dropout(*(self._modules[name] for name in how["inner"]))
         outer = swap.active_dropout(*(self._modules[name] for name in how["outer"]))
-        return dense_mlp(x, layers, how["activation"], inner, outer)
+
+        def product(dropout_p: float, residual: Tensor | None = None) -> Tensor:
+            return dense_mlp(x, layers, how["activation"], inner, dropout_p, residual)
+
+        return within(bmf_finish, outer, product)
 
 
 def dense_mlp(
     x: Tensor, layers: list[Any], activation: str, inner: float, outer: float, residual: Tensor | None = None
 ) -> Tensor:
     """dropout(second(dropout(activation(first(x))))) + residual; of three layers the first two are gate and up."""
+    if activation == QUICK_GELU:
+        first, second = layers
+        y = _quick_gelu_mlp(x, first, second, inner)
+        return ops.dropout(y, outer, residual=residual) if outer or residual is not None else y
     if len(layers) == 2 and all(_is_conv1d(layer) for layer in layers):
         return conv1d_mlp(x, layers, activation, inner, outer, residual)
     weights = [weight_of(layer) for layer in layers]
@@ -206,6 +259,17 @@ def dense_mlp(
         return ops.mlp(x, weights[0], first.bias, weights[1], second.bias, activation=activation, **finish)
     hidden = ops.linear(x, weights[0], first.bias, activation=activation, dropout_p=inner)
     return ops.linear(hidden, weights[1], second.bias, **finish)
+
+
+def _quick_gelu_mlp(x: Tensor, first: Any, second: Any, inner: float) -> Tensor:
+    """x sigmoid(c x) is silu(c x) / c: the input is multiplied by c and the output divided, which are narrow."""
+    c, bias = 1.702, first.bias if first.bias is None else first.bias * 1.702
+    if inner:
+        hidden = ops.linear(x * c, first.weight, bias, activation="silu", dropout_p=inner)
+        y = ops.linear(hidden, second.weight)
+    else:
+        y = ops.mlp(x * c, first.weight, bias, second.weight, None, activation="silu")
+    return y / c if second.bias is None else torch.add(second.bias.to(y.dtype), y, alpha=1 / c)
 
 
 def _children(module: Any, order: Any) -> tuple[tuple[str, nn.Module, Any], ...]:

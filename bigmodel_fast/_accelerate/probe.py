@@ -11,6 +11,8 @@ from ..ops._activation import _FUNCTIONS
 
 _WIDTH, _HIDDEN = 6, 10
 _CLOSE = 1e-6  # some forwards compute in float32
+_QUICK_GELU: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+_EPS = (1e-5, 1e-6, 1e-8, 1e-12)  # of norms that say theirs in their forward only
 
 
 def same(a: Any, b: Tensor) -> bool:
@@ -18,11 +20,11 @@ def same(a: Any, b: Tensor) -> bool:
     return isinstance(a, Tensor) and a.shape == b.shape and torch.allclose(a.double(), b, rtol=_CLOSE, atol=_CLOSE)
 
 
-def run(module: nn.Module, *args: Any, method: str = "forward") -> Any:
-    """forward(*args) without hooks, or None if it raises: then it is not what it was taken for."""
+def run(module: nn.Module, *args: Any, method: str = "forward", **kwargs: Any) -> Any:
+    """forward(*args, **kwargs) without hooks, or None if it raises: then it is not what it was taken for."""
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return getattr(type(module), method)(module, *args)
+            return getattr(type(module), method)(module, *args, **kwargs)
     except Exception:
         return None
 
@@ -63,6 +65,22 @@ def activation(function: Callable | None) -> str | None:
     return next((name for name, known in _FUNCTIONS.items() if same(y, known(x))), None)
 
 
+class Dropout(nn.Dropout):
+    """Drops nothing, and remembers what it was given; whoever reads its p and drops by that is found out."""
+
+    def __init__(self) -> None:
+        super().__init__(0.5)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.clone())
+        return x
+
+    def places(self, *values: Tensor) -> list[int | None]:
+        """Which of these values it was given, call by call; None for another one."""
+        return [next((i for i, value in enumerate(values) if same(x, value)), None) for x in self.seen]
+
+
 def small_copy(module: nn.Module, parameters: dict[str, Tensor], children: dict[str, nn.Module]) -> nn.Module:
     """A module of the same class and attributes, with other parameters and children, in eval mode; no hooks.
 
@@ -78,12 +96,31 @@ def small_copy(module: nn.Module, parameters: dict[str, Tensor], children: dict[
     return small
 
 
-def rms_norm_offset(module: nn.Module, eps: float) -> float | None:
-    """0 for an RMS norm that multiplies by weight, 1 by 1 + weight; None for anything else."""
-    x, weight = draw(1, 4, _WIDTH), draw(_WIDTH)
-    y = run(small_copy(module, {"weight": weight}, {}), x)
-    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return next((offset for offset in (0.0, 1.0) if same(y, normed * (weight + offset))), None)
+def norm(module: nn.Module) -> dict[str, Any] | None:
+    """What a module of a weight [width], and maybe a bias, computes over the last dimension; None if it is no norm.
+
+    Returns:
+        kind (layer or rms), eps, offset (what is added to the weight), input_dtype (of the output for a bfloat16 input
+        and float32 weights: the input's, or float32).
+    """
+    given = {name: p for name, p in module._parameters.items() if p is not None}
+    width = len(given["weight"])
+    parameters = {name: draw(width) + i for i, name in enumerate(given)}
+    weight, bias = parameters["weight"], parameters.get("bias", torch.zeros(()))
+    small = small_copy(module, parameters, {})
+    inputs = [(draw(1, 4, width) + 1) * size for size in (1.0, 1e-3)]  # of the second, eps is no small part
+    noisy = small_copy(module, parameters, {})
+    noisy.training = True
+    found = [run(small, inputs[0]), run(noisy, inputs[1])]
+    own = [v for v in module.__dict__.values() if isinstance(v, float) and 0 < v < 0.1]
+    for eps, offset, kind in itertools.product(dict.fromkeys((*own, *_EPS)), (0.0, 1.0), ("layer", "rms")):
+        centred = [x - x.mean(-1, keepdim=True) if kind == "layer" else x for x in inputs]
+        normed = [x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) for x in centred]
+        if all(same(y, z * (weight + offset) + bias) for y, z in zip(found, normed, strict=True)):
+            mixed = small_copy(module, {name: p.float() for name, p in parameters.items()}, {})
+            y = run(mixed, inputs[0].bfloat16())
+            return {"kind": kind, "eps": eps, "offset": offset, "input_dtype": y is None or y.dtype is torch.bfloat16}
+    return None
 
 
 def _role(layer: nn.Module, transposed: bool, into: int, out: int) -> nn.Module:
@@ -99,52 +136,58 @@ def _role(layer: nn.Module, transposed: bool, into: int, out: int) -> nn.Module:
     return small
 
 
+def _as_drawn(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters, of the kind that `draw` gives."""
+    return {name: p.detach().cpu().double() for name, p in module._parameters.items() if p is not None}
+
+
 def _linear(layer: nn.Module, transposed: bool, x: Tensor) -> Tensor:
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
     return nn.functional.linear(x, weight.t() if transposed else weight, bias)  # type: ignore[union-attr, arg-type]
 
 
 def mlp(
-    module: nn.Module, layers: dict[str, nn.Module], transposed: bool
-) -> tuple[str, Sequence[str], list[str], list[str]] | None:
+    module: nn.Module, layers: dict[str, nn.Module], transposed: bool, others: dict[str, nn.Module]
+) -> tuple[str, Sequence[str], list[str], list[str]] | str | None:
     """How a module of two or three dense layers combines them.
 
     Returns:
         (activation, names of the layers in the order of ops.mlp or ops.gated_mlp, names of the dropouts after the
-        activation, of those at the end), or None if it is no MLP.
+        activation, of those at the end); why it is another function of the dense layers (with `others`, its children
+        with parameters, it always is); or None if it does not run as an MLP would.
     """
     dropouts = [name for name, child in module.named_children() if isinstance(child, nn.Dropout)]
-    quiet: dict[str, nn.Module] = {name: nn.Dropout(0.0) for name in dropouts}
-    x = draw(1, 4, _WIDTH)
+    quiet: dict[str, Any] = {name: Dropout() for name in dropouts}
+    quiet |= {name: small_copy(child, _as_drawn(child), {}) for name, child in others.items()}
+    own = {name: p for name, p in _as_drawn(module).items() if p.numel() == 1}
+    x, runs = draw(1, 4, _WIDTH), False
     for order in itertools.permutations(layers):
         *first, last = order
         small = {name: _role(layers[name], transposed, _WIDTH, _HIDDEN) for name in first}
         if len(first) == 2:  # the two must differ
             small[first[1]]._parameters["weight"] = draw(_HIDDEN + 1, _WIDTH)[1:].neg()  # type: ignore[assignment]
         small[last] = _role(layers[last], transposed, _HIDDEN, _WIDTH)
-        y = run(small_copy(module, {}, {**small, **quiet}), x)
-        if y is None:
+        for name in dropouts:
+            quiet[name].seen.clear()
+        y = run(small_copy(module, own, {**small, **quiet}), x)
+        if not isinstance(y, Tensor) or y.shape != x.shape:
             continue
-        for name, function in _FUNCTIONS.items():
+        runs = True
+        for function_name, function in {**_FUNCTIONS, **_QUICK_GELU}.items():
             hidden = function(_linear(small[first[0]], transposed, x))
             if len(first) == 2:
                 hidden = hidden * _linear(small[first[1]], transposed, x)
-            if not same(y, _linear(small[last], transposed, hidden)):
+            if others or own or not same(y, _linear(small[last], transposed, hidden)):
                 continue
-            inner, outer = [], []
-            dropped = _linear(small[last], transposed, torch.zeros_like(hidden))
-            noisy = small_copy(module, {}, {**small, **quiet})
-            noisy.training = True
-            if not same(run(noisy, x), y):
-                return None  # drops by other means than its children
-            for dropout in dropouts:
-                everything = small_copy(module, {}, {**small, **quiet, dropout: nn.Dropout(1.0)})
-                z = run(everything, x)
-                if same(z, torch.zeros_like(y)):
-                    outer.append(dropout)
-                elif same(z, dropped):
-                    inner.append(dropout)
-                else:
-                    return None
-            return (name, order, inner, outer) if len(inner) < 2 and len(outer) < 2 else None
-    return None
+            found = [(name, place) for name in dropouts for place in quiet[name].places(hidden, y)]
+            if any(place is None for _, place in found) or len({place for _, place in found}) < len(found):
+                return "a dropout where an MLP has none"
+            tried = small_copy(module, {}, {**small, **quiet})
+            tried.training = True
+            if not same(run(tried, x), y):
+                return "drops by other means than its children"
+            inner, outer = ([name for name, place in found if place == i] for i in range(2))
+            return function_name, order, inner, outer
+    if runs and (others or own):
+        return f"{next(iter({**others, **own}))} has parameters"
+    return f"{'two' if len(layers) == 2 else 'three'} dense layers, but not an MLP that is known" if runs else None

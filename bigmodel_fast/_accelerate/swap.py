@@ -26,6 +26,7 @@ class Fast:
 
     area: ClassVar[str]  # the argument of accelerate() that switches it off
     methods: ClassVar[tuple[str, ...]] = ("forward",)
+    finishes: ClassVar[bool] = False  # whether forward takes `bmf_finish` (projections.py)
     _bmf_original: ClassVar[type[nn.Module]]
 
     @classmethod
@@ -81,7 +82,7 @@ def _recipe(module: Any) -> type[Fast]:
 def _subclass(cls: type, recipe: type[Fast]) -> type:
     made = _subclasses.get((cls, recipe))
     if made is None:
-        methods = {name: _with_signature(recipe.__dict__[name], getattr(cls, name)) for name in recipe.methods}
+        methods = {name: _with_signature(getattr(recipe, name), getattr(cls, name)) for name in recipe.methods}
         named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
         made = _subclasses[cls, recipe] = type(cls.__name__, (recipe, cls), {**methods, **named, "_bmf_original": cls})
     return made

@@ -5,7 +5,6 @@ where sequences begin and end by the mask, an int64 tensor that no other attenti
 the first token only computes no other in the last layer, from its queries on.
 """
 
-import sys
 from typing import Any
 
 import torch
@@ -16,12 +15,13 @@ from .swap import Fast, plan
 
 # Classes whose forward is the one these recipes know; transformers writes them as copies of the first.
 PREFIXES = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
+OTHERS = ("DistilBert", "ModernBert")  # whose heads are the same
 FIRST_TOKEN_HEADS = (
-    *(f"{prefix}ForSequenceClassification" for prefix in PREFIXES),
-    *(f"{prefix}ForMultipleChoice" for prefix in PREFIXES if prefix != "Electra"),
+    *(f"{prefix}ForSequenceClassification" for prefix in (*PREFIXES, *OTHERS)),
+    *(f"{prefix}ForMultipleChoice" for prefix in (*PREFIXES, *OTHERS) if prefix != "Electra"),
     "BertForNextSentencePrediction",
-)
-TOKEN_HEADS = tuple(f"{prefix}ForTokenClassification" for prefix in PREFIXES)
+)  # ModernBERT's may take the mean of all tokens but padding
+TOKEN_HEADS = tuple(f"{prefix}ForTokenClassification" for prefix in (*PREFIXES, *OTHERS))
 
 READS = "bmf_reads"  # a keyword from a head to its encoder: "first" (token) or "tokens" (those that are not padding)
 FIRST = "bmf_first"  # a keyword to the last layer: only the first token of each sequence is asked for
@@ -67,59 +67,56 @@ class FastEncoderModel(Fast):
 
     @classmethod
     def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
-        if not interface.is_class(module, tuple(f"{prefix}Model" for prefix in PREFIXES)):
+        if not interface.is_class(module, tuple(f"{prefix}Model" for prefix in (*PREFIXES, "DistilBert"))):
             return None
         return "a decoder" if getattr(module.config, "is_decoder", False) else {}
 
     def forward(
-        self: Any,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
+        self: Any, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         reads = kwargs.pop(READS, None)
         always = plan(self)["wanted"] is True
         if reads is None and always and not torch.compiler.is_compiling():
             reads = "tokens"
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids)
         if reads is None or not swap.note(self, self._unusual(input_ids, args, kwargs)):
-            return super().forward(*inputs, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(input_ids, attention_mask, *args, **kwargs)  # type: ignore[misc]
         present = _padded(input_ids, attention_mask, always)
         if present is None:
-            return super().forward(*inputs, **kwargs, **{READS: reads})  # type: ignore[misc]
-        if position_ids is None:
-            position_ids = _positions_of(self.embeddings, input_ids)
-        given = (input_ids, token_type_ids, position_ids)
-        ids, types, positions = (None if t is None else t.expand_as(present)[present][None] for t in given)
+            return self._run(reads, None, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        positions = kwargs.pop("position_ids", None)
+        given = {
+            "input_ids": input_ids,
+            "position_ids": _positions_of(self.embeddings, input_ids) if positions is None else positions,
+            "token_type_ids": kwargs.pop("token_type_ids", None),
+        }
+        packed = {name: t.expand_as(present)[present][None] for name, t in given.items() if t is not None}
         mask = packing.make_mask(present)
-        return super().forward(ids, mask, types, positions, **kwargs, **{READS: reads})  # type: ignore[misc]
+        return self._run(reads, mask, attention_mask=mask, **packed, **kwargs)
+
+    def _run(self: Any, reads: str, mask: Tensor | None, **kwargs: Any) -> Any:
+        """The model's own forward, whose encoder pads. mask: that of a packed batch."""
+        return super().forward(**kwargs, **{READS: reads})  # type: ignore[misc]
 
     def _unusual(self: Any, input_ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if input_ids is None or input_ids.dim() != 2 or any(a is not None for a in args):
             return "called without input_ids, or with an encoder's output"
         others = ("inputs_embeds", "encoder_hidden_states", "encoder_attention_mask", "cache", "past_key_values")
-        if any(kwargs.get(name) is not None for name in others) or self.config.is_decoder:
+        if any(kwargs.get(name) is not None for name in others) or getattr(self.config, "is_decoder", False):
             return "a decoder, or embeddings of its own"
-        if not isinstance(self.encoder, FastEncoder) or not interface.enabled(self):
+        name, layers = self._layers()
+        if not interface.enabled(self) or layers is None:
             return "its encoder or attention is not accelerated"
         for kind in ("hidden_states", "attentions"):
             if kwargs.get(f"output_{kind}", getattr(self.config, f"output_{kind}", False)):
                 return f"output_{kind}=True asks for what padding makes"
-        watched = next((name for name, m in self._modules["encoder"].named_modules() if _has_hooks(m)), None)
-        return None if watched is None else f"encoder.{watched} has hooks"
+        watched = next((inner for inner, m in layers.named_modules() if interface.has_hooks(m)), None)
+        return None if watched is None else f"{name}.{watched} has hooks"
 
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Hooks that look at a module's tensors; those by which transformers collects outputs sleep when not asked."""
-    if not swap.hooked(module):
-        return False
-    capturing = sys.modules.get("transformers.utils.output_capturing")
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
-    hooks += module._backward_pre_hooks.values()
-    return any(capturing is None or getattr(hook, "__module__", None) != capturing.__name__ for hook in hooks)
+    def _layers(self: Any) -> tuple[str, nn.Module | None]:
+        """The module that holds the layers, if it takes packed batches, and its name."""
+        name = "transformer" if "transformer" in self._modules else "encoder"
+        module: nn.Module = self._modules[name]
+        return name, module if isinstance(module, FastEncoder) else None
 
 
 def _padded(input_ids: Any, attention_mask: Tensor | None, wait: bool) -> Tensor | None:
@@ -127,7 +124,9 @@ def _padded(input_ids: Any, attention_mask: Tensor | None, wait: bool) -> Tensor
 
     On a GPU only if one may `wait` for the answer.
     """
-    if attention_mask is None or attention_mask.shape != input_ids.shape or not (attention_mask.is_cpu or wait):
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
+        return None
+    if not (attention_mask.is_cpu or wait):
         return None
     present = attention_mask != 0
     lengths = present.sum(1, keepdim=True)
@@ -147,6 +146,7 @@ class FastEncoder(Fast):
     """Runs packed batches, and pads at the end."""
 
     area = "unpad"
+    _output = "BaseModelOutputWithPastAndCrossAttentions"
 
     @classmethod
     def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
@@ -156,17 +156,21 @@ class FastEncoder(Fast):
         reads = kwargs.pop(READS, None)
         if reads is None:
             return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
-        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+        from transformers import modeling_outputs
 
         kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "use_cache"}
         *layers, last = self.layer
-        first = reads == "first" and isinstance(last.attention, FastAttentionBlock)
+        first = reads == "first" and self._takes_first(last)
         for layer in layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
         hidden_states = last(hidden_states, attention_mask, **kwargs, **({FIRST: True} if first else {}))
         if packing.boundaries(attention_mask) is not None:
             hidden_states = hidden_states.transpose(0, 1) if first else packing.pad(hidden_states, attention_mask)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
+        return getattr(modeling_outputs, self._output)(last_hidden_state=hidden_states)
+
+    def _takes_first(self, layer: Any) -> bool:
+        """Whether a layer can do with the queries of the first tokens."""
+        return isinstance(layer.attention, FastAttentionBlock)
 
 
 class FastAttentionBlock(Fast):

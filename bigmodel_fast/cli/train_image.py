@@ -6,8 +6,8 @@ from ..train.images import EpochEnd, ImageTrainConfig, ImageTrainer
 from .arguments import parse
 
 DESCRIPTION = """Trains a classifier on images: an MLP by the native engine, a ViT through this package's operators, or
-one of torchvision's. Without options it learns scikit-learn's handwritten digits in a second. Ctrl-C saves, and says
-how to go on."""
+one of torchvision's, accelerated where parts are known. Without options it learns scikit-learn's handwritten digits in
+a second. Ctrl-C saves, and says how to go on."""
 
 
 def run(argv: list[str]) -> int:
@@ -22,6 +22,8 @@ def run(argv: list[str]) -> int:
         + (f", resumed after step {trainer.step}" if trainer.step else ""),
         flush=True,
     )
+    if trainer.accelerated is not None:
+        print(trainer.accelerated.line, flush=True)
     if not trainer.run(lambda end: print(describe(end), flush=True)):
         print(
             f"stopped after step {trainer.step}, in epoch {trainer.epoch + 1}; to go on: bigmodel-fast train-image "

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops._mlp_fused import mlp_fused
 
 
 class ReLU2(torch.nn.Module):
@@ -97,7 +98,17 @@ class MLP(torch.nn.Sequential):
         x = x.flatten(1)
         if x.shape[1] != self.sizes[0]:
             raise ValueError(f"MLP: a sample must have {self.sizes[0]} features, got {x.shape[1]}")
-        for layer in dense_layers(self):
+        layers = dense_layers(self)
+        y = mlp_fused(
+            x,
+            [layer.linear.weight for layer in layers],
+            [layer.linear.bias for layer in layers],
+            [layer.activation for layer in layers],
+            any(layer.dropout is not None and layer.dropout.training for layer in layers),
+        )
+        if y is not None:
+            return y
+        for layer in layers:
             x = layer.forward(x)
         return x
 

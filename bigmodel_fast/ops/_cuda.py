@@ -3,6 +3,8 @@
 They have never run on a GPU, so nothing takes them unless told to.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from .. import _dispatch, _library
 
 BUILT = bool(_library.build_info()["cuda"])
 if BUILT:
-    _dispatch.have_native_cuda(("attention", "attention_varlen"))
+    _dispatch.have_native_cuda(("attention", "attention_varlen", "mlp", "gated_mlp", "mlp_fused"))
 
 
 def launch(name: str, *arguments: object) -> tuple[Tensor, ...]:
@@ -20,3 +22,10 @@ def launch(name: str, *arguments: object) -> tuple[Tensor, ...]:
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
         return getattr(torch.ops.bigmodel_fast, f"{name}_cuda")(*moved, stream)
+
+
+def fake(name: str, function: Callable) -> None:
+    """Registers the fake kernel of <name>, and with a stream behind its arguments of <name>_cuda."""
+    torch.library.register_fake(f"bigmodel_fast::{name}", function)
+    if BUILT:
+        torch.library.register_fake(f"bigmodel_fast::{name}_cuda", lambda *a: function(*a[:-1]))

@@ -3,11 +3,13 @@ is done to an output before it is stored (dropout and a residual), which is also
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _dispatch
 from . import _checks
 
 
@@ -37,6 +39,11 @@ def rows(t: Tensor) -> Tensor:
     if t.dim() != 2:
         t = t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
     return t if t.stride(-1) == 1 or t.shape[-1] < 2 else t.contiguous()
+
+
+def shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """`y` in another shape, but no view to autograd: whoever gets it from a function may change it in place."""
+    return torch.ops.aten._unsafe_view.default(y, shape)
 
 
 def wide(bias: Tensor | None) -> Tensor | None:
@@ -78,3 +85,22 @@ def before_finish(dy: Tensor, seed: Tensor | None, p: float, dtype: torch.dtype)
     if seed is None:
         return dy.to(dtype).contiguous()
     return torch.ops.bigmodel_fast.dropout_fwd(dy, seed, p, None, dtype)
+
+
+def uncovered_on_cuda(op: str, x: Tensor, residual: Tensor | None, dropout_p: float, *weights: Tensor) -> str | None:
+    """Why CUDA C++ has no kernel for this call of mlp or gated_mlp; None if it has, or if it is not asked for."""
+    if not x.is_cuda or _dispatch.cuda_backend(op) != "native":
+        return None
+    if x.element_size() != 2:
+        return f"no CUDA C++ kernel for {x.dtype}"
+    if residual is not None or dropout_p > 0:
+        return "no CUDA C++ kernel with a residual or dropout"
+    return "a size of 0" if any(t.numel() == 0 for t in (x, *weights)) else None
+
+
+def before_activation(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b as rows, for a backward that was not left it."""
+    x, weight = rows(x), rows(weight)
+    if x.is_cuda and _dispatch.cuda_backend(op) == "native":
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return torch.ops.bigmodel_fast.linear_fwd(x, weight, wide(bias), "none", False)[0]

@@ -24,10 +24,10 @@ def small(op: str, function: Callable[..., Tensor], x: Tensor, *args: Any) -> Te
     return _dispatch.small(op, function, x, x, x.shape[-1:], *args)
 
 
-def uncovered(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> str | None:
-    """Why no kernel takes these tensors together; None if one does."""
+def uncovered(dtype: torch.dtype, x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> str | None:
+    """Why no kernel takes these tensors together, for an output of `dtype`; None if one does."""
     reason = _dispatch.unsupported(x, residual, *parameters)
-    if reason is None and x.is_cpu and output_dtype(x) is torch.float16:
+    if reason is None and dtype is torch.float16 and x.is_cpu:
         reason = "no kernel for torch.float16"
     if residual is not None and residual.dtype != x.dtype and torch.float16 in (x.dtype, residual.dtype):
         reason = reason or "float16 with a residual of another dtype"

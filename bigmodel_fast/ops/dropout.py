@@ -23,9 +23,8 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(x, residual, seed, p):
         flat = None if residual is None else _dense.rows(residual)
-        return torch.ops.bigmodel_fast.dropout_fwd(
-            _dense.rows(x), seed, p, flat, _dense.finished_dtype(x, residual)
-        ).view(x.shape)
+        y = torch.ops.bigmodel_fast.dropout_fwd(_dense.rows(x), seed, p, flat, _dense.finished_dtype(x, residual))
+        return _dense.shaped(y, x.shape)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

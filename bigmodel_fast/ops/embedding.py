@@ -35,7 +35,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(token, weight):
         out = torch.ops.bigmodel_fast.embedding_fwd(token.reshape(-1), _dense.rows(weight))
-        return out if token.dim() == 1 else out.view(*token.shape, weight.shape[1])
+        return out if token.dim() == 1 else _dense.shaped(out, (*token.shape, weight.shape[1]))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
-from . import _checks, _dense
+from . import _checks, _cuda, _dense
 from ._autograd import apply
 from .linear import reference as linear_reference
 
@@ -25,8 +25,7 @@ def reference(
     return linear_reference(hidden, w_down, dropout_p=dropout_p, residual=residual)
 
 
-@torch.library.register_fake("bigmodel_fast::gated_mlp_fwd")
-def _(x, w_gate, w_up, w_down, activation, save, residual=None, seed=None, dropout_p=0.0):
+def _fake_forward(x, w_gate, w_up, w_down, activation, save, residual=None, seed=None, dropout_p=0.0):
     m, f = x.shape[0], w_gate.shape[0]
     saved = m if save else 0
     return (
@@ -36,10 +35,13 @@ def _(x, w_gate, w_up, w_down, activation, save, residual=None, seed=None, dropo
     )
 
 
-@torch.library.register_fake("bigmodel_fast::gated_mlp_bwd")
-def _(dy, x, w_gate, w_up, w_down, gate, up, activation, wants):
+def _fake_backward(dy, x, w_gate, w_up, w_down, gate, up, activation, wants):
     inputs = (x, w_gate, w_up, w_down)
     return tuple(t.new_empty(t.shape[0] if want else 0, t.shape[1]) for t, want in zip(inputs, wants, strict=True))
+
+
+_cuda.fake("gated_mlp_fwd", _fake_forward)
+_cuda.fake("gated_mlp_bwd", _fake_backward)
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -53,7 +55,7 @@ class _GatedMlp(torch.autograd.Function):
             seed,
             dropout_p,
         )
-        return y.view(*x.shape[:-1], w_down.shape[0]), gate, up
+        return _dense.shaped(y, (*x.shape[:-1], w_down.shape[0])), gate, up
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -71,10 +73,7 @@ class _GatedMlp(torch.autograd.Function):
             return (None,) * 9
         x, w_gate, w_up, w_down, gate, up, seed = ctx.saved_tensors
         if not ctx.saved:
-            gate, up = (
-                torch.ops.bigmodel_fast.linear_fwd(_dense.rows(x), _dense.rows(w), None, "none", False)[0]
-                for w in (w_gate, w_up)
-            )
+            gate, up = (_dense.before_activation("gated_mlp", x, w, None) for w in (w_gate, w_up))
         wants = ctx.needs_input_grad[:4]
         grads = torch.ops.bigmodel_fast.gated_mlp_bwd(
             _dense.before_finish(dy, seed, ctx.dropout_p, x.dtype),
@@ -133,6 +132,7 @@ def gated_mlp(
     reason = _dispatch.unsupported(x, w_gate, w_up, w_down, residual)
     if reason is None and len({w_gate.dtype, w_up.dtype, w_down.dtype}) > 1:
         reason = "weights of different dtypes"
+    reason = reason or _dense.uncovered_on_cuda("gated_mlp", x, residual, dropout_p, w_gate, w_down)
     if not _dispatch.use_native("gated_mlp", reason, x):
         return reference(x, w_gate, w_up, w_down, activation=activation, dropout_p=dropout_p, residual=residual)
     save = _dense.needs_grad(x, w_gate, w_up, w_down) and not recompute

@@ -22,11 +22,12 @@ def reference(
 
 
 def _plain(x: Tensor, shape: torch.Size, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    if weight is None or weight.dtype is x.dtype or not _dense.needs_grad(weight, bias):
+    # In x's dtype torch would sum the gradients of wider parameters; of one row there is nothing to sum.
+    if weight is None or weight.dtype is x.dtype or x.numel() == x.shape[-1] or not _dense.needs_grad(weight, bias):
         return torch.layer_norm(x, shape, weight, bias, eps)
     if not x.is_floating_point():
         raise TypeError("torch.layer_norm does not take these")
-    wide = torch.promote_types(x.dtype, weight.dtype)  # in x's dtype torch would sum the gradients of parameters
+    wide = torch.promote_types(x.dtype, weight.dtype)
     weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
     return torch.layer_norm(x.to(wide), shape, weight, bias, eps).to(x.dtype)
 
@@ -106,7 +107,8 @@ def layer_norm(
     _checks.shape("layer_norm", "weight", weight, (x.shape[-1],), "(x's last dimension)")
     _checks.shape("layer_norm", "bias", bias, (x.shape[-1],), "(x's last dimension)")
     _checks.shape("layer_norm", "residual", residual, tuple(x.shape), "(x's shape)")
-    if not _dispatch.use_native("layer_norm", _norm.uncovered(x, residual, weight, bias), x):
+    dtype = _norm.output_dtype(x)
+    if not _dispatch.use_native("layer_norm", _norm.uncovered(dtype, x, residual, weight, bias), x):
         return reference(x, weight, bias, eps=eps, residual=residual)
-    y, s, _, _ = apply(_LayerNorm, x, weight, bias, residual, eps, _norm.output_dtype(x))
+    y, s, _, _ = apply(_LayerNorm, x, weight, bias, residual, eps, dtype)
     return y if residual is None else (y, s)

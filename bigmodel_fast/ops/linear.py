@@ -54,7 +54,7 @@ class _Linear(torch.autograd.Function):
             seed,
             dropout_p,
         )
-        return y.view(*x.shape[:-1], weight.shape[0]), pre
+        return _dense.shaped(y, (*x.shape[:-1], weight.shape[0])), pre
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
-from . import _checks, _dense
+from . import _checks, _cuda, _dense
 from ._autograd import apply
 from .linear import reference as linear_reference
 
@@ -26,16 +26,14 @@ def reference(
     return linear_reference(hidden, w2, b2, dropout_p=dropout_p, residual=residual)
 
 
-@torch.library.register_fake("bigmodel_fast::mlp_fwd")
-def _(x, w1, b1, w2, b2, activation, save_pre, residual=None, seed=None, dropout_p=0.0):
+def _fake_forward(x, w1, b1, w2, b2, activation, save_pre, residual=None, seed=None, dropout_p=0.0):
     m = x.shape[0]
     return x.new_empty(m, w2.shape[0], dtype=_dense.finished_dtype(x, residual)), x.new_empty(
         m if save_pre else 0, w1.shape[0]
     )
 
 
-@torch.library.register_fake("bigmodel_fast::mlp_bwd")
-def _(dy, x, w1, w2, pre, activation, wants):
+def _fake_backward(dy, x, w1, w2, pre, activation, wants):
     (m, k), f, n = x.shape, w1.shape[0], w2.shape[0]
     return (
         x.new_empty(m if wants[0] else 0, k),
@@ -44,6 +42,10 @@ def _(dy, x, w1, w2, pre, activation, wants):
         w2.new_empty(n if wants[3] else 0, f),
         x.new_empty(n if wants[4] else 0, dtype=torch.float32),
     )
+
+
+_cuda.fake("mlp_fwd", _fake_forward)
+_cuda.fake("mlp_bwd", _fake_backward)
 
 
 class _Mlp(torch.autograd.Function):
@@ -61,7 +63,7 @@ class _Mlp(torch.autograd.Function):
             seed,
             dropout_p,
         )
-        return y.view(*x.shape[:-1], w2.shape[0]), pre
+        return _dense.shaped(y, (*x.shape[:-1], w2.shape[0])), pre
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -81,7 +83,7 @@ class _Mlp(torch.autograd.Function):
             return (None,) * 10
         x, w1, w2, b1, pre, seed = ctx.saved_tensors
         if not ctx.saved_pre:
-            pre, _ = torch.ops.bigmodel_fast.linear_fwd(_dense.rows(x), _dense.rows(w1), _dense.wide(b1), "none", False)
+            pre = _dense.before_activation("mlp", x, w1, b1)
         wants = ctx.needs_input_grad[:5]
         grads = torch.ops.bigmodel_fast.mlp_bwd(
             _dense.before_finish(dy, seed, ctx.dropout_p, x.dtype),
@@ -150,6 +152,7 @@ def mlp(
     reason = _dispatch.unsupported(x, w1, b1, w2, b2, residual)
     if reason is None and w1.dtype != w2.dtype:
         reason = "weights of different dtypes"
+    reason = reason or _dense.uncovered_on_cuda("mlp", x, residual, dropout_p, w1, w2)
     if not _dispatch.use_native("mlp", reason, x):
         return reference(x, w1, b1, w2, b2, activation=activation, dropout_p=dropout_p, residual=residual)
     save_pre = _dense.needs_grad(x, w1, b1, w2, b2) and not recompute

@@ -94,7 +94,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor |
         raise ValueError(f"rms_norm: x must be [..., width], got {_checks.describe(x)}")
     _checks.shape("rms_norm", "weight", weight, (x.shape[-1],), "(x's last dimension)")
     _checks.shape("rms_norm", "residual", residual, tuple(x.shape), "(x's shape)")
-    if not _dispatch.use_native("rms_norm", _norm.uncovered(x, residual, weight), x):
+    dtype = _norm.output_dtype(x)
+    if not _dispatch.use_native("rms_norm", _norm.uncovered(dtype, x, residual, weight), x):
         return reference(x, weight, eps=eps, residual=residual)
-    y, s, _ = apply(_RmsNorm, x, weight, residual, eps, _norm.output_dtype(x))
+    y, s, _ = apply(_RmsNorm, x, weight, residual, eps, dtype)
     return y if residual is None else (y, s)

@@ -134,9 +134,11 @@ def memory(shape: Shape, step: Step) -> Memory:
     else:
         activations += shape.layers * sum(blocks)
     predicted = t * shape.predicted
-    chunk = min(predicted, max(FEWEST_TOKENS, LOGITS // (e * shape.vocab_size)))
+    lent = min(predicted, STATE * shape.width // e) if step.cpu else 0  # tokens whose logits lie where a gradient will be
+    chunk = min(predicted - lent, max(FEWEST_TOKENS, LOGITS // (e * shape.vocab_size)))
     block_of_classes = min(shape.vocab_size, BLOCK_CLASSES)  # whose gradients are made at a time
-    loss: float = chunk * (e * (shape.vocab_size + block_of_classes) + 4.0 * shape.width) + predicted * e * shape.width
+    loss: float = e * (chunk * shape.vocab_size + predicted * shape.width)
+    loss += max(lent, chunk) * (e * block_of_classes + 4.0 * shape.width)
     if shape.tied:  # the table's other gradient, until it is added
         loss += 4.0 * shape.table
     within = t * max(kind.tokens for kind in shape.kinds)  # tokens of a block

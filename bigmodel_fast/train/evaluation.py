@@ -131,11 +131,11 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
         raise ConfigError(f"model: {source.path} has no weights for {new[0]}; fine-tune it first for task {run.task}")
     out = Path(config.out).expanduser() if config.out else Path(config.model).expanduser() / "evaluation"
     setup.open_folder(out)
-    model.to(device)
-    if config.accelerate:
-        accelerate(model)
     advice = "out of memory; lower --batch"
     with told(out, lambda: "evaluate", lambda: advice, lambda: ""):
+        model.to(device)
+        if config.accelerate:
+            accelerate(model)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
         judgement = judge(model, task, features, examples, autocast, device, config.batch)
         report = {**report_of(judgement, task), "model": str(source.path), "data": config.data or run.data}

@@ -131,6 +131,7 @@ class FinetuneConfig:
         device: auto (CUDA if there is some), cpu or cuda.
         dtype: auto (bf16 on CUDA and on CPUs that multiply bf16, else fp32), bf16 (autocast, float32 weights) or fp32.
         accelerate: let the model compute with this package's operators.
+        compile: run the model through torch.compile; the first steps take a minute or so, for lengths vary.
         bucketed: batches of examples of similar length, so that little is padding.
         threads: CPU threads. null: as many as torch takes.
         class_weights: of the loss of classify and tokens: balanced, or a number for each class. null: none.
@@ -168,6 +169,7 @@ class FinetuneConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     accelerate: bool = True
+    compile: bool = False
     bucketed: bool = True
     threads: int | None = None
     class_weights: Literal["balanced"] | list[float] | None = None

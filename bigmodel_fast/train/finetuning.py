@@ -10,15 +10,14 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .._accelerate import accelerate, restore
+from .._machine import cannot_compile
 from .._packed_weights import packed_weights
 from ..data import Buckets
 from ..optim import AdamW, cosine, linear
@@ -26,18 +25,20 @@ from . import checkpoint as files
 from . import pretrained, setup
 from .checkpoint import Checkpoint, save_checkpoint
 from .curves import plot_curves
-from .errors import CheckpointError, TrainError, is_out_of_memory
+from .errors import CheckpointError, ConfigError, TrainError, is_out_of_memory
 from .examples import load_examples
+from .finetune_batches import ExampleBatches
 from .finetune_config import FinetuneConfig
 from .finetune_report import FinetuneEvaluation, FinetuneStart
 from .guard import smaller_passes, told
 from .judging import judge, make_task, report_of, write_report
 from .lock import RunLock
 from .metrics import MetricsLog
+from .passes import Feed
 from .report import Reporter, Step
 from .setup import pick_device, pick_dtype
 from .signals import StopRequest
-from .tasks import Feature, Judgement
+from .tasks import Judgement
 
 BEST, MODEL_FOLDER, SCRATCH = "best.safetensors", "model", "from-scratch"
 _PROGRESS = ("best", "best_step", "without_gain", "stopped_early")  # attributes that a checkpoint keeps
@@ -97,6 +98,8 @@ class Finetuner:
         self.report = reporter or Reporter()
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device)
+        if config.compile and (reason := cannot_compile(self.device.type)):
+            raise ConfigError(f"compile: {reason}")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         checkpoint = setup.find_own_checkpoint(config, self.report.message)
@@ -138,10 +141,12 @@ class Finetuner:
         self.accelerated = accelerate(self.model) if config.accelerate else None
         self.lr = o.scratch_lr if self.random else config.lr
         groups = pretrained.parameter_groups(self.model, self.lr, o.weight_decay, o.layer_decay)
+        self._forward = torch.compile(self.model) if config.compile else self.model
         self.optimizer = AdamW(groups, lr=self.lr, betas=o.betas)
-        self.batches = Buckets([len(f) for f in self.features], o.examples_per_step, config.seed, config.bucketed)
-        self.steps = config.steps or max(1, math.ceil(config.epochs * len(self.batches)))
-        self.eval_every = config.eval_every or len(self.batches)
+        buckets = Buckets([len(f) for f in self.features], o.examples_per_step, config.seed, config.bucketed)
+        self.feed = Feed(ExampleBatches(buckets, self.features, self.task, o.batch), self.device)
+        self.steps = config.steps or max(1, math.ceil(config.epochs * len(buckets)))
+        self.eval_every = config.eval_every or len(buckets)
         self._flops_per_token = pretrained.flops_per_token(self.model, config.train)
 
         self.step, self.elapsed = 0, 0.0
@@ -231,18 +236,17 @@ class Finetuner:
         o, start, factor = self.config.optim, time.perf_counter(), self.factor()
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        numbers = self.batches.next()
-        parts = [numbers[i : i + o.batch] for i in range(0, len(numbers), o.batch)]
-        passes = [self._batch([self.features[i] for i in part]) for part in parts]
-        targets = [self.task.targets(batch) for batch in passes]
-        loss = 0.0
+        numbers, passes = self.feed.next()
+        parts = []
         self.model.train()
         with packed_weights(self.model.parameters() if len(passes) > 1 else ()):
-            for batch, count in zip(passes, targets, strict=True):
+            for batch, share in passes:
                 with self._autocast():
-                    part_loss = self.task.loss(self.model, batch) * (count / max(1, sum(targets)))
-                part_loss.backward()
-                loss += part_loss.item()
+                    part = self.task.loss(self._forward, batch) * share
+                part.backward()
+                parts.append(part.detach())
+        self.feed.look_ahead()
+        loss = sum(part.item() for part in parts)  # what waits for the device
         norm = self.optimizer.clip_grad_norm(o.clip or math.inf).item()
         good = math.isfinite(loss) and math.isfinite(norm)
         if good:
@@ -273,9 +277,6 @@ class Finetuner:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16")
-
-    def _batch(self, features: Sequence[Feature]) -> dict[str, Tensor]:
-        return {key: tensor.to(self.device) for key, tensor in self.task.collate(features).items()}
 
     # ---- measuring ----
 
@@ -350,7 +351,7 @@ class Finetuner:
                 "config": self.config.to_dict(),
                 "dtype": self.dtype,
                 "elapsed": self.elapsed,
-                "batches": self.batches.state_dict(),
+                "batches": self.feed.state_dict(),
                 "examples": self._examples_checksum(),
                 "random": setup.random_state(self.device),
                 **{key: getattr(self, key) for key in _PROGRESS},
@@ -378,7 +379,7 @@ class Finetuner:
             if state["examples"] != self._examples_checksum():
                 raise CheckpointError(f"{checkpoint.path}: trained on other examples than there are at data now")
             checkpoint.restore(self.model, self.optimizer)
-            self.batches.load_state_dict(state["batches"])
+            self.feed.load_state_dict(state["batches"])
             setup.set_random_state(state["random"], self.device)
             self.step, self.elapsed, self.checkpoint = checkpoint.step, state["elapsed"], checkpoint.path
             for key in _PROGRESS:

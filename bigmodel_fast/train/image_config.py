@@ -69,7 +69,7 @@ class ImageTrainConfig:
     Args:
         data: a folder of pictures by class, a folder of IDX files, or an .npz file. null: scikit-learn's digits.
         size: bring the pictures of a folder to size x size pixels. null: they are of one size.
-        model: mlp, vit, or torchvision/NAME for one of torchvision's classifiers.
+        model: mlp, vit, or torchvision/NAME for one of torchvision's classifiers, accelerated where parts are known.
         out: folder of the run.
         epochs: passes over the training images.
         batch: images in one step.
@@ -79,7 +79,9 @@ class ImageTrainConfig:
         clip: bound on the norm of all gradients together (not of model mlp). 0: no clipping.
         resume: never, or auto (go on from the checkpoint in out, if there is one).
         seed: of the weights, the order of the images and their distortions.
-        dtype: auto (bf16 for vit on CPUs that multiply bf16, else fp32), bf16 (float32 weights) or fp32.
+        device: auto (CUDA if there is some), cpu or cuda.
+        dtype: auto (bf16 on CUDA, and for vit on CPUs that multiply bf16; else fp32), bf16 (float32 weights) or fp32.
+        compile: run the model through torch.compile (not model mlp on the CPU, which needs none).
         threads: CPU threads. null: as many as torch takes.
         augment: distortions of the training images.
         mlp: shape of model mlp.
@@ -98,7 +100,9 @@ class ImageTrainConfig:
     clip: float = 1.0
     resume: str = "never"
     seed: int = 0
+    device: str = "auto"
     dtype: str = "auto"
+    compile: bool = False
     threads: int | None = None
     augment: Distortions = field(default_factory=Distortions)
     mlp: MLPShape = field(default_factory=MLPShape)
@@ -128,7 +132,8 @@ class ImageTrainConfig:
         ):
             if not 0 <= value < float("inf") or (key == "lr" and value == 0):
                 raise ConfigError(f"{key} must be {'more than 0' if key == 'lr' else '0 or more'}, got {value}")
-        choices = {"dtype": ("auto", "bf16", "fp32"), "resume": ("never", "auto"), "mlp.activation": ACTIVATIONS}
+        choices = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "bf16", "fp32"), "resume": ("never", "auto")}
+        choices |= {"mlp.activation": ACTIVATIONS}
         for key, allowed in choices.items():
             chosen = self.mlp.activation if key == "mlp.activation" else getattr(self, key)
             if chosen not in allowed:

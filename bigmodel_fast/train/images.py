@@ -17,20 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._accelerate import accelerate
+from .._machine import cannot_compile
 from ..data import DataError, Images
 from ..models import MLP, ViT, ViTConfig
-from ..ops import cross_entropy
 from ..optim import AdamW, clip_grad_norm_, warmup_cosine
 from . import checkpoint as files
-from . import durable, setup
+from . import durable, setup, torchvision_models
 from .classification import Classification, classify, plot_confusion, plot_mistakes
-from .errors import CheckpointError, ConfigError, TrainError
+from .errors import CheckpointError, ConfigError, TrainError, is_out_of_memory
+from .guard import told
 from .image_config import ImageTrainConfig
 from .lock import RunLock
 from .mlp import EpochResult, MLPTrainer
+from .passes import Ahead
 from .signals import StopRequest
 
-_FREE = ("out", "resume", "threads", "epochs")  # settings that may differ between a run and its resumption
+_FREE = ("out", "resume", "threads", "epochs", "device")  # settings that may differ between a run and its resumption
 SAVE_SECONDS = 300.0  # between two checkpoints in mid-epoch
 
 RandomState = dict[str, str]  # of setup.random_state
@@ -63,15 +66,8 @@ def make_model(config: ImageTrainConfig, images: Images) -> torch.nn.Module:
             return ViT(ViTConfig(classes, height, channels=channels, **dataclasses.asdict(config.vit)))
     except ValueError as error:
         raise ConfigError(str(error).replace("ViTConfig: ", "vit.").replace("MLP: ", "mlp.")) from None
-    import torchvision
-
-    name = config.model.removeprefix("torchvision/")
-    try:
-        return torchvision.models.get_model(name, weights=None, num_classes=classes)
-    except (ValueError, TypeError):
-        raise ConfigError(
-            f"model: torchvision has no classifier {name!r}; it has resnet18, mobilenet_v3_small, ..."
-        ) from None
+    last = len(images) % config.batch or config.batch
+    return torchvision_models.make(config.model, classes, height, width, {min(config.batch, len(images)), last})
 
 
 class ImageTrainer:
@@ -88,6 +84,9 @@ class ImageTrainer:
         from safetensors import torch as _  # noqa: F401
 
         self.config, self.out = config, Path(config.out).expanduser()
+        self.device = setup.pick_device(config.device)
+        if config.compile and (reason := cannot_compile(self.device.type)):
+            raise ConfigError(f"compile: {reason}")
         made = setup.open_folder(self.out)
         self._lock = RunLock(self.out)
         try:
@@ -108,12 +107,19 @@ class ImageTrainer:
         ):
             raise DataError(f"--data {config.data}: the images or classes of train and test differ")
         torch.manual_seed(config.seed)
-        self.model = make_model(config, self.train)
+        try:
+            self.model = make_model(config, self.train).to(self.device)
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise TrainError("out of memory for the model itself; take a smaller one") from None
+            raise
+        self.accelerated = accelerate(self.model) if self._from_torchvision else None
+        self._native = config.model == "mlp" and self.device.type == "cpu"
+        self._forward = torch.compile(self.model) if config.compile else self.model
         self.optimizer = AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-        if config.dtype == "auto":
-            self.dtype = setup.pick_dtype("auto", torch.device("cpu")) if config.model == "vit" else "fp32"
-        else:
-            self.dtype = config.dtype
+        self.dtype = setup.pick_dtype(config.dtype, self.device)
+        if config.dtype == "auto" and self.device.type == "cpu" and config.model != "vit":
+            self.dtype = "fp32"
         self.loader = self.train.loader(config.batch, shuffle=True)
         self.epoch = 0
         self._began: RandomState | None = None  # random numbers when the epoch at hand began
@@ -141,7 +147,7 @@ class ImageTrainer:
             TrainError: the loss is not finite any more, or something cannot be written.
         """
         try:
-            with StopRequest() as stop:
+            with told(self.out, self._where, self._advice, lambda: ""), StopRequest() as stop:
                 while self.epoch < self.config.epochs:
                     if stop.requested:
                         return False
@@ -152,11 +158,15 @@ class ImageTrainer:
                     if not self._done.loss < float("inf"):
                         raise TrainError(f"epoch {self.epoch + 1}: the loss is {self._done.loss}; try a lower lr")
                     self._end_epoch(report)
-        except OSError as error:
-            raise TrainError(f"epoch {self.epoch}: cannot write to {self.out} ({error.strerror or error})") from error
         finally:
             self._lock.release()
         return True
+
+    def _where(self) -> str:
+        return f"epoch {self.epoch}"
+
+    def _advice(self) -> str:
+        return f"out of memory with {self.config.batch} images a step; lower --batch, or take a smaller model"
 
     def _end_epoch(self, report: Callable[[EpochEnd], Any]) -> None:
         done = self._done
@@ -174,43 +184,48 @@ class ImageTrainer:
 
     def _train_epoch(self, stop: StopRequest) -> None:
         """Goes on to the end of the epoch at hand, or until a signal comes; `_done` says how far it came."""
-        config, cpu = self.config, torch.device("cpu")
+        config = self.config
         fade = (config.epochs - 1 - self.epoch) / config.augment.fade if config.augment.fade else 1.0
         self.loader.augment = config.distortions().times(min(1.0, fade))
         self.model.train()
-        resumed, self._saved = setup.random_state(cpu), time.monotonic()
+        resumed, self._saved = setup.random_state(self.device), time.monotonic()
         if self._began is None:
             self._began = resumed
         else:  # the epoch's order and distortions are drawn as when it began
-            setup.set_random_state(self._began, cpu)
-        if config.model == "mlp":
+            setup.set_random_state(self._began, self.device)
+        if self._native:
             self._train_native(stop)
             return
         order, seed = self.loader.order(), self.loader.draw_seed()
         if self._done.steps:
-            setup.set_random_state(resumed, cpu)
-        for step, batch in enumerate(order.split(config.batch)):
-            if step < self._done.steps:
-                continue
+            setup.set_random_state(resumed, self.device)
+        batches = list(enumerate(order.split(config.batch)))[self._done.steps :]
+        feed = Ahead(((self.loader.inputs(b, seed, step), self.train.labels[b]) for step, b in batches), self.device)
+        for images, labels in feed:
             if stop.requested:
                 return
-            self._train_step(self.loader.inputs(batch, seed, step), self.train.labels[batch])
+            self._train_step(images, labels, feed.look_ahead)
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16" and not self._native)
+
+    def _train_step(self, images: Tensor, labels: Tensor, look_ahead: Callable[[], None]) -> None:
         started = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bf16"):
-            logits = self.model(self._channels(images))
-        loss = cross_entropy(logits.float(), labels)
+        with self._autocast():
+            output = self._forward(self._channels(images))
+        loss, logits = torchvision_models.losses(self.config.model, output, labels)
         loss.backward()
         if self.config.clip:
             clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.schedule.step()
+        look_ahead()
         done, new = self._done, len(labels)
         seen = done.steps * self.config.batch
-        loss_sum = done.loss * seen + loss.item() * new
-        right = round((done.accuracy or 0.0) * seen) + int((logits.argmax(1) == labels).sum())
+        new_loss, new_right = torch.stack([loss.detach(), (logits.argmax(1) == labels).sum()]).tolist()  # waits once
+        loss_sum = done.loss * seen + new_loss * new
+        right = round((done.accuracy or 0.0) * seen) + round(new_right)
         seconds = done.seconds + time.perf_counter() - started
         self._went_on(EpochResult(done.steps + 1, done.total, loss_sum / (seen + new), right / (seen + new), seconds))
 
@@ -233,15 +248,21 @@ class ImageTrainer:
             self._save()
 
     def _channels(self, images: Tensor) -> Tensor:
-        grey = images.shape[1] == 1 and self.config.model.startswith("torchvision/")
+        grey = images.shape[1] == 1 and self._from_torchvision
         return images.expand(-1, 3, -1, -1) if grey else images
+
+    @property
+    def _from_torchvision(self) -> bool:
+        return self.config.model.startswith(torchvision_models.PREFIX)
 
     @torch.no_grad()
     def predict(self, images: Images) -> Tensor:
-        """Logits [N, classes] in float32, of the model in evaluation mode."""
+        """Logits [N, classes] in float32, on the CPU, of the model in evaluation mode."""
         self.model.eval()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bf16" and self.config.model != "mlp"):
-            return torch.cat([self.model(self._channels(x)).float() for x, _ in images.loader(256)])
+        batches = images.loader(self.config.batch if self._from_torchvision else 256)
+        with self._autocast():
+            found = [self.model(self._channels(x.to(self.device))).float() for x, _ in batches]
+        return torch.cat(found).cpu()
 
     def report(self) -> tuple[Classification, int]:
         """Judges the model on the test images; writes weights, figures and pictures to the run's folder.
@@ -283,7 +304,7 @@ class ImageTrainer:
                         f"{checkpoint.path}: of another run ({key} is {before.get(key)} there and {mine[key]} here)"
                     )
             checkpoint.restore(self.model, self.optimizer)
-            setup.set_random_state(state["random"], torch.device("cpu"))
+            setup.set_random_state(state["random"], self.device)
             self.epoch, self._done = checkpoint.step // len(self.loader), done
             self._began = state["began"] if done.steps else None
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -302,7 +323,7 @@ class ImageTrainer:
                 "config": dataclasses.asdict(self.config),
                 "done": done,
                 "began": self._began,
-                "random": setup.random_state(torch.device("cpu")),
+                "random": setup.random_state(self.device),
             },
         )
         self._saved = time.monotonic()

@@ -54,7 +54,7 @@ class MLPTrainer:
 
     Args:
         model: an MLP, or a torch.nn.Sequential of Linear, activations and Dropout (models.mlp.dense_layers); contiguous
-            float32 parameters on the CPU.
+            float32 parameters on the CPU. A model on a GPU trains by a loop over its passes, which models.MLP fuses.
         loss: "cross_entropy" (targets are classes, [N] int64) or "mse" (values, [N, outputs] float32); means, as
             torch's.
         optimizer: torch.optim.SGD, Adam or AdamW, or this library's, over the model's parameters. Those it does not
@@ -92,6 +92,13 @@ class MLPTrainer:
                     f"MLPTrainer: layer {after.name} takes {after.linear.in_features} features, "
                     f"but {before.name} gives {before.linear.out_features}"
                 )
+        for layer in self.layers:
+            for name, p in layer.linear.named_parameters():
+                if p.device.type != "cpu":
+                    raise TypeError(
+                        f"MLPTrainer: trains on the CPU, but {layer.name}.{name} is on {p.device}: there, train it by "
+                        "a loop of forward, backward and optimizer steps"
+                    )
         self._flop_per_sample = 6.0 * sum(layer.linear.weight.numel() for layer in self.layers)
         self._steps_per_second = 0.0
         self._group_of()  # an optimizer that does not fit is an error now

@@ -1,17 +1,61 @@
 """A pass: forward, loss and backward of one batch, and how its batch reaches the device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .objectives import Batch, Loader
 
 WARM_UPS = 3  # passes before one is recorded: kernels are compiled and memory is allocated in them
 
+T = TypeVar("T")
 
-class Feed:
-    """Batches on the device. On a GPU one is copied ahead, from pinned memory, while the one before it is computed.
+
+class Ahead(Iterator[T]):
+    """What an iterator gives, on the device. On a GPU one item is copied ahead, from pinned memory, while the one
+    before it is computed; on the CPU they are handed on as they are.
+
+    Args:
+        items: tensors in tuples, lists and dictionaries; what else is in them is left as it is.
+    """
+
+    def __init__(self, items: Iterator[T], device: torch.device):
+        self._items, self._device = items, device
+        self._ahead: list[T] = []  # one, or none
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __next__(self) -> T:
+        item = self._ahead.pop() if self._ahead else self._copied(next(self._items))
+        self._wait_for(item)
+        return item
+
+    def look_ahead(self) -> None:
+        """Draws the next item and begins to copy it; to be called when the GPU has enough to do. No-op on CPU."""
+        if self._copies is not None and not self._ahead:
+            self._ahead = [self._copied(item) for item in islice(self._items, 1)]
+
+    def _copied(self, item: T) -> T:
+        return item if self._copies is None else tree_map_only(Tensor, self._copy, item)
+
+    def _copy(self, t: Tensor) -> Tensor:
+        with torch.cuda.stream(self._copies):
+            return t.contiguous().pin_memory().to(self._device, non_blocking=True)
+
+    def _wait_for(self, item: T) -> None:
+        if self._copies is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_stream(self._copies)
+            for t in tree_leaves(item):
+                if isinstance(t, Tensor):
+                    t.record_stream(stream)  # its memory was taken on the other stream
+
+
+class Feed(Generic[T]):
+    """A loader's batches on the device, one of them copied ahead.
 
     `state_dict` is the position behind the last batch that was handed out, whatever has been copied ahead.
 
@@ -19,46 +63,32 @@ class Feed:
         part: what this process takes of a batch.
     """
 
-    def __init__(self, batches: Loader, device: torch.device, part: Callable[[Batch], Batch] = lambda batch: batch):
+    def __init__(self, batches: Loader[T], device: torch.device, part: Callable[[T], T] = lambda batch: batch):
         self._batches, self._device, self._part = batches, device, part
-        self._ahead: tuple[Batch, dict[str, int]] | None = None  # and the position behind it
-        self._state = batches.state_dict()
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._begin()
 
-    def next(self) -> Batch:
-        batch, self._state = self._ahead or self._draw()
-        self._ahead = None
-        self._wait_for(batch)
+    def next(self) -> T:
+        batch, self._state = next(self._ahead)
         return batch
 
     def look_ahead(self) -> None:
-        """Draws the next batch and begins to copy it; to be called when the GPU has enough to do. No-op on CPU."""
-        if self._copies is not None and self._ahead is None:
-            self._ahead = self._draw()
+        self._ahead.look_ahead()
 
     def state_dict(self) -> dict[str, int]:
         return self._state
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._batches.load_state_dict(state)
-        self._ahead, self._state = None, self._batches.state_dict()
+        self._begin()
 
-    def _draw(self) -> tuple[Batch, dict[str, int]]:
-        batch = self._part(self._batches.next())
-        return tuple(map(self._copy, batch)), self._batches.state_dict()
+    def _begin(self) -> None:
+        self._state = self._batches.state_dict()
+        self._ahead: Ahead[tuple[T, dict[str, int]]] = Ahead(self._drawn(), self._device)
 
-    def _wait_for(self, batch: Batch) -> None:
-        if self._copies is not None:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_stream(self._copies)
-            for t in batch:
-                t.record_stream(stream)  # its memory was taken on the other stream
-
-    def _copy(self, t: Tensor) -> Tensor:
-        if self._copies is None:
-            return t
-        with torch.cuda.stream(self._copies):
-            return t.contiguous().pin_memory().to(self._device, non_blocking=True)
+    def _drawn(self) -> Iterator[tuple[T, dict[str, int]]]:
+        """Each with the position behind it."""
+        while True:
+            yield self._part(self._batches.next()), self._batches.state_dict()
 
 
 class GraphedPass:

@@ -138,6 +138,32 @@ BMF_INLINE void store(bf16* p, Vec v) {
   __builtin_memcpy(p, &h, sizeof h);
 }
 
+// A store past the caches, of a register that lies at a multiple of its size in memory; `end_streams` before another
+// thread may read it.
+BMF_INLINE void stream(float* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, reinterpret_cast<__m256>(v));
+#else
+  store(p, v);
+#endif
+}
+BMF_INLINE void stream(bf16* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(narrow(v)));
+#elif defined(__AVX2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(narrow(v)));
+#else
+  store(p, v);
+#endif
+}
+BMF_INLINE void end_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // The first n lanes (0 <= n <= kLanes); the others read as zero and are not written.
 BMF_INLINE Vec load_partial(const float* p, int n) {
 #if defined(__AVX512F__)

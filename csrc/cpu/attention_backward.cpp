@@ -9,6 +9,7 @@
 // All sums are float. dQ of a head that is divided among threads is summed per part, and the parts in order, so a
 // gradient is the same bits from run to run; of dQ they depend on how many parts the number of threads asks for.
 #include "core/schedule.h"
+#include "cpu/attention_few.h"
 #include "cpu/attention_scores.h"
 #include "cpu/attention_softmax.h"
 
@@ -464,6 +465,7 @@ class AttentionBackward {
 
 void attention_backward(const AttentionArgs& args, const Threads& threads) {
   if (args.sequence_count == 0 || args.heads == 0) return;
+  if (takes_few(args) && args.bias.grad == nullptr) return attend_few_backward(args, threads);
   if (args.dtype == Dtype::float32)
     AttentionBackward<FloatMode, float>(args, threads).run();
   else

@@ -1,7 +1,9 @@
 // Tokens are taken in chunks, so that a chunk's logits fit in kLogitsBytes; the vocabulary in blocks, whose weights are
 // packed where the cache is. For each chunk, first all logits with the maximum and the sum of exponentials of each
-// row's panels, found while a tile is still in L2; then, block by block, their gradients are made of them, as rows and
-// as panels that the caches hold, and multiplied into dx and dW.
+// row's panels, found while a tile is still in L2; then, block by block, their gradients are made of them, as rows in
+// their place and as panels that the caches hold, and multiplied into dx and dW. The first chunk's logits take no
+// memory of their own: a block of them lies where its block of dW will be written, which is when nobody needs them any
+// more.
 //
 // What is kept of a logit is exp(z - top of its panel): as exact in bf16 as its gradient will be, whatever the size of
 // z. Capped ones are kept as z - top, which the derivative of the cap needs: those that matter most are near zero,
@@ -15,14 +17,14 @@ namespace bmf::BMF_ISA {
 namespace {
 
 constexpr int64_t kLogitsBytes = int64_t{104} << 20, kFewestTokens = 256;
-constexpr int64_t kBlockClasses = 4096;  // a multiple of kPanel
-constexpr int64_t kRowsAtOnce = 32;      // differentiated together: as many pages are read at a time
+constexpr int64_t kMostBlockClasses = 4096;
+constexpr int64_t kRowsAtOnce = 32;  // differentiated together: as many pages are read at a time
 constexpr float kLowest = -3.402823466e38f;
 
 // What is known of one token's logits in one panel, or of the panels of one tile together.
 struct PanelStats {
-  float top, exp_sum, plain_sum;  // maximum, sum of exp(z - top), sum
-  float factor;                   // of exp(z - top), to make it a probability; known once the row's panels are
+  float top;      // the maximum
+  float exp_sum;  // the sum of exp(z - top); once the row's panels are known, what makes exp(z - top) a probability
 };
 
 template <class Mode, class X, class W>
@@ -44,17 +46,23 @@ class Chunks {
         inverse_(capped_ ? 1.0f / args.softcap : 0),
         stride_(ceil_div(args.classes, kPanel) * kPanel),
         panels_(stride_ / kPanel),
+        blocks_(ceil_div(args.classes, kMostBlockClasses)),
+        block_classes_(ceil_div(panels_, blocks_) * kPanel),
+        row_stride_(block_classes_ + 64),
         x_stride_(units_of<Mode>(args.width) * Mode::kPerUnit),
-        chunk_(chunk_tokens(used_count)),
-        gradient_stride_(smaller(stride_, kBlockClasses) + 64),
-        x_(in_order_ ? 0 : chunk_ * x_stride_ * sizeof(Element)),
-        logits_(grads_ ? chunk_ * stride_ * sizeof(Element) : 0),
-        gradients_(keeps_rows_ ? chunk_ * gradient_stride_ * sizeof(Element) : 0),
-        stats_(chunk_ * panels_ * sizeof(PanelStats)),
-        tokens_(chunk_ * sizeof(Token)),
-        dx_(args.dx && args.classes > kBlockClasses ? chunk_ * args.width * sizeof(float) : 0),
-        dbias_(args.dbias ? kBlockClasses * sizeof(float) : 0) {
-    for (int64_t first = 0; first < used_count; first += chunk_) run(first, smaller(chunk_, used_count - first));
+        in_dweight_(smaller(tokens_in_dweight(), used_count)),
+        chunk_(chunk_tokens(used_count - in_dweight_)),
+        most_(larger(in_dweight_, chunk_)),
+        x_(in_order_ ? 0 : most_ * x_stride_ * sizeof(Element)),
+        logits_(grads_ ? blocks_ * chunk_ * row_stride_ * sizeof(Element) : 0),
+        stats_(most_ * panels_ * sizeof(PanelStats)),
+        plain_sums_(smooth_ ? most_ * panels_ * sizeof(float) : 0),
+        tokens_(most_ * sizeof(Token)),
+        dx_(args.dx && blocks_ > 1 ? most_ * args.width * sizeof(float) : 0),
+        dbias_(args.dbias ? block_classes_ * sizeof(float) : 0) {
+    if (in_dweight_ > 0) run(0, in_dweight_);
+    for (int64_t first = in_dweight_; first < used_count; first += chunk_)
+      run(first, smaller(chunk_, used_count - first));
   }
 
  private:
@@ -65,20 +73,37 @@ class Chunks {
     float scale;
   };
 
-  int64_t chunk_tokens(int64_t used_count) const {
-    if (!grads_ || used_count == 0) return used_count;
+  int64_t classes_of(int64_t block) const { return smaller(block_classes_, args_.classes - block * block_classes_); }
+
+  // How many tokens' logits fit where dW will be, every block's in its own block; 0 if they are too few for a chunk.
+  int64_t tokens_in_dweight() const {
+    if (args_.dweight == nullptr) return 0;
+    const int64_t fit = classes_of(blocks_ - 1) * args_.width * static_cast<int64_t>(sizeof(float)) /
+                        (row_stride_ * static_cast<int64_t>(sizeof(Element)));  // the last block is the smallest
+    return fit < kFewestTokens ? 0 : fit;
+  }
+
+  int64_t chunk_tokens(int64_t left) const {
+    if (!grads_ || left == 0) return left;
     const int64_t fit = kLogitsBytes / (stride_ * static_cast<int64_t>(sizeof(Element)));
-    const int64_t chunks = ceil_div(used_count, fit > kFewestTokens ? fit : kFewestTokens);
-    return ceil_div(used_count, chunks);
+    return ceil_div(left, ceil_div(left, larger(fit, kFewestTokens)));
   }
 
   const X* x_row(int64_t row) const { return static_cast<const X*>(args_.x) + row * args_.x_stride; }
-  Element* logits(int64_t row) const { return logits_.template at<Element>(0) + row * stride_; }
-  Element* gradients(int64_t row) const { return gradients_.template at<Element>(0) + row * gradient_stride_; }
+  // One row of the block of logits that begins with class `col`; their gradients take their place.
+  Element* logits(int64_t row, int64_t col) const {
+    const int64_t block = col / block_classes_;
+    Element* begin = in_dweight_ > 0 && first_chunk_
+                         ? reinterpret_cast<Element*>(args_.dweight + block * block_classes_ * args_.width)
+                         : logits_.template at<Element>(block * chunk_ * row_stride_ * sizeof(Element));
+    return begin + row * row_stride_;
+  }
   PanelStats* stats(int64_t row) const { return stats_.template at<PanelStats>(0) + row * panels_; }
+  float* plain_sums(int64_t row) const { return plain_sums_.template at<float>(0) + row * panels_; }
   Token& token(int64_t row) const { return tokens_.template at<Token>(0)[row]; }
 
   void run(int64_t first, int64_t count) {
+    first_chunk_ = first == 0;
     if (in_order_) return run(MatrixView<X>{x_row(first), args_.x_stride, 1}, args_.width, first, count);
     gather(first, count);
     run(MatrixView<Element>{x_.template at<Element>(0), x_stride_, 1}, x_stride_, first, count);
@@ -103,7 +128,7 @@ class Chunks {
       parallel_tasks(threads_, ceil_div(count, kRowsAtOnce), [&](int64_t task, int) {
         differentiate(task * kRowsAtOnce, smaller(count, (task + 1) * kRowsAtOnce), col, cols, panels);
       });
-      const MatrixView<Element> g{gradients(0), gradient_stride_, 1};
+      const MatrixView<Element> g{logits(0, col), row_stride_, 1};
       if (args_.dbias) add_bias_gradient(g, first, count, col, cols);
       if (args_.dx) add_input_gradient(g, first, count, col, cols);
       if (keeps_panels_) add_weight_gradient(x_columns, panels, first, col, cols);
@@ -113,8 +138,7 @@ class Chunks {
 
   template <class F>
   void for_blocks(const F& f) const {
-    for (int64_t col = 0; col < args_.classes; col += kBlockClasses)
-      f(col, smaller(kBlockClasses, args_.classes - col));
+    for (int64_t block = 0; block < blocks_; ++block) f(block * block_classes_, classes_of(block));
   }
 
   MatrixView<W> weight(int64_t col) const {
@@ -138,13 +162,15 @@ class Chunks {
     gemm<Mode>(threads_, count, &product, 1, 1, [&](const Tile& tile) {
       const int64_t at = tile.panel * kPanel, here = smaller(tile.panels * kPanel, cols - at);
       for (int64_t r = 0; r < tile.rows; ++r)
-        take_row(tile.row + r, col + at, here, tile.panels, tile.sums + r * Tile::stride);
+        take_row(tile.row + r, col, at, here, tile.panels, tile.sums + r * Tile::stride);
     });
   }
 
-  // One row of a tile of logits, `cols` of them from class `col`. All of its panels get one maximum, and the first of
-  // them the sums.
-  BMF_INLINE void take_row(int64_t row, int64_t col, int64_t cols, int64_t panels, float* z) const {
+  // One row of a tile of logits, `cols` of them from `at` on in the block that begins with class `block`. All of its
+  // panels get one maximum, and the first of them the sums.
+  BMF_INLINE void take_row(int64_t row, int64_t block, int64_t at, int64_t cols, int64_t panels, float* z) const {
+    const int64_t col = block + at;
+    Element* kept = grads_ ? logits(row, block) + at : nullptr;
     if (args_.bias || capped_)
       for_lanes(cols, [&](int64_t c, int lanes) {
         Vec v = load(z + c);
@@ -157,14 +183,18 @@ class Chunks {
     Vec exp_sum{}, plain_sum{};
     for_lanes(cols, [&](int64_t c, int lanes) {
       const Vec distance = load(z + c) - top, e = exp(distance);
-      if (grads_) store(logits(row) + col + c, capped_ ? distance : e);
+      if (kept) store(kept + c, capped_ ? distance : e);
       exp_sum += first_lanes(e, lanes, 0);
       if (smooth_) plain_sum += first_lanes(load(z + c), lanes, 0);
     });
     PanelStats* of = stats(row) + col / kPanel;
-    for (int64_t p = 0; p < panels; ++p) of[p] = {top, 0, 0, 0};
+    for (int64_t p = 0; p < panels; ++p) of[p] = {top, 0};
     of->exp_sum = sum(exp_sum);
-    if (smooth_) of->plain_sum = sum(plain_sum);
+    if (smooth_) {
+      float* sums = plain_sums(row) + col / kPanel;
+      for (int64_t p = 0; p < panels; ++p) sums[p] = 0;
+      *sums = sum(plain_sum);
+    }
     Token& t = token(row);
     if (const int64_t hit = t.target - col; hit >= 0 && hit < cols) t.hit = z[hit];
   }
@@ -177,11 +207,12 @@ class Chunks {
       double exp_sum = 0;
       for (int64_t p = 0; p < panels_; ++p) top = of[p].top > top ? of[p].top : top;
       for (int64_t p = 0; p < panels_; ++p) {
-        of[p].factor = p > 0 && of[p].top == of[p - 1].top ? of[p - 1].factor : exp(broadcast(of[p].top - top))[0];
-        exp_sum += of[p].exp_sum * of[p].factor;
-        plain_sum += of[p].plain_sum;
+        const float in_panel = of[p].exp_sum;
+        of[p].exp_sum = p > 0 && of[p].top == of[p - 1].top ? of[p - 1].exp_sum : exp(broadcast(of[p].top - top))[0];
+        exp_sum += in_panel * of[p].exp_sum;
+        if (smooth_) plain_sum += plain_sums(row)[p];
       }
-      for (int64_t p = 0; p < panels_; ++p) of[p].factor *= static_cast<float>(1 / exp_sum);
+      for (int64_t p = 0; p < panels_; ++p) of[p].exp_sum *= static_cast<float>(1 / exp_sum);
       Token& t = token(row);
       t.log_sum = static_cast<float>(__builtin_log(exp_sum));
       t.top = top;
@@ -211,19 +242,18 @@ class Chunks {
           const Token& t = token(row + i);
           const PanelStats& of = stats(row + i)[(col + c) / kPanel];
           const float shift = (of.top - t.top) - t.log_sum;
-          const Element* from = logits(row + i) + col + c;
-          Element* to = gradients(row + i) + c;
+          Element* at = logits(row + i, col) + c;
 #pragma GCC unroll 4
           for (int v = 0; v < kPanelVecs; ++v) {
-            const Vec kept = load(from + v * kLanes);
-            const Vec probability = capped_ ? exp(kept + shift) : kept * of.factor;
+            const Vec kept = load(at + v * kLanes);
+            const Vec probability = capped_ ? exp(kept + shift) : kept * of.exp_sum;
             const int64_t left = cols - c - v * kLanes;
             g[i][v] = first_lanes(gradient(t, probability, kept + of.top, everywhere),
                                   static_cast<int>(left >= kLanes ? kLanes
                                                    : left > 0     ? left
                                                                   : 0),
                                   0);
-            if (keeps_rows_) store(to + v * kLanes, g[i][v]);
+            if (keeps_rows_) store(at + v * kLanes, g[i][v]);
           }
         }
         if (keeps_panels_)
@@ -238,7 +268,7 @@ class Chunks {
       // From the exact logit, over what was made of its rounded one.
       const Vec probability = exp(broadcast((t.hit - t.top) - t.log_sum));
       const float g = gradient(t, probability, broadcast(t.hit), everywhere + (1.0f - args_.label_smoothing))[0];
-      if (keeps_rows_) from_float(g, gradients(row) + hit);
+      if (keeps_rows_) from_float(g, logits(row, col) + hit);
       if (keeps_panels_) from_float(g, reinterpret_cast<Element*>(panels.place(row, hit)) + row % Mode::kPerUnit);
     }
   }
@@ -294,9 +324,12 @@ class Chunks {
   const bool keeps_rows_, keeps_panels_;  // the forms in which gradients of logits are needed
   const bool capped_, smooth_;
   const float inverse_;  // of the softcap
-  const int64_t stride_, panels_, x_stride_, chunk_;
-  const int64_t gradient_stride_;  // of a block's rows: not a power of two, or they would share cache sets
-  const Scratch x_, logits_, gradients_, stats_, tokens_, dx_, dbias_;
+  const int64_t stride_, panels_, blocks_, block_classes_;
+  const int64_t row_stride_;  // of a block's rows: not a power of two, or they would share cache sets
+  const int64_t x_stride_;
+  const int64_t in_dweight_, chunk_, most_;  // tokens of the first chunk if dW lends it memory, of the others, of any
+  const Scratch x_, logits_, stats_, plain_sums_, tokens_, dx_, dbias_;
+  bool first_chunk_ = true;
 };
 
 template <class T>

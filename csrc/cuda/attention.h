@@ -6,9 +6,10 @@
 #pragma once
 #include <cstdint>
 
+#include "cuda/half.h"
+
 namespace bmf::cuda {
 
-enum class Half : int32_t { bfloat16, float16 };
 enum class BiasKind : int32_t { none, float32, bfloat16, float16, boolean };  // boolean: true where a key may be seen
 
 struct Operand {
@@ -57,11 +58,13 @@ struct AttentionArgs {
   const int64_t* seed;  // on the GPU
   // backward only
   Operand grad_out, grad_query, grad_key, grad_value;
-  RowTerms* terms;  // as stats
+  RowTerms* terms;    // of row r: terms[(batch H + head) term_rows + r]
+  int32_t term_rows;  // queries, up to a multiple of kTermRows: tiles of that many are read whole
 };
 
 constexpr int32_t kFar = 1 << 29;  // no sequence is longer
 constexpr int32_t kMostDim = 256;
+constexpr int32_t kTermRows = 64;
 
 // Launch on `stream` (a cudaStream_t) of the current device, and wait for nothing. Null, or what is wrong: a line that
 // begins with the operator's name and gives its shapes, valid until this thread's next call.

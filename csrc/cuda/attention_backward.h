@@ -13,18 +13,18 @@
 
 namespace bmf::cuda {
 
-// A warp to a row. Grid: kRows queries of each batch, by heads.
+// A warp to a row. Grid: kRows of the term_rows of each batch, by heads.
 struct TermsShape {
   static constexpr int kRows = 4, kThreads = kRows * kWarp;
+  static_assert(kTermRows % kRows == 0);
 };
 
 template <class T>
 BMF_KERNEL((TermsShape::kThreads))
 attention_terms_kernel(BMF_CONSTANT const AttentionArgs a) {
-  const int blocks = (a.queries + TermsShape::kRows - 1) / TermsShape::kRows, head = block_y();
+  const int blocks = a.term_rows / TermsShape::kRows, head = block_y();
   const int64_t batch = block_x() / blocks;
   const int row = block_x() % blocks * TermsShape::kRows + warp_index();
-  if (row >= a.queries) return;
   const Words out = load_chunk(rows_of(a.out, batch, head, 0, a.queries, a.head_dim), row, lane_index() * kChunk);
   const Words grad = load_chunk(rows_of(a.grad_out, batch, head, 0, a.queries, a.head_dim), row, lane_index() * kChunk);
   float delta = 0;
@@ -37,8 +37,10 @@ attention_terms_kernel(BMF_CONSTANT const AttentionArgs a) {
   }
 #pragma unroll
   for (int mask = 1; mask < kWarp; mask *= 2) delta += shuffle_xor(delta, mask);
-  const int64_t at = (batch * a.heads + head) * a.queries + row;
-  if (lane_index() == 0) a.terms[at] = {a.stats[at].lse, delta};
+  const int64_t slice = batch * a.heads + head;
+  const bool exists = row < a.queries;  // one that does not has weights of zero
+  if (lane_index() == 0)
+    a.terms[slice * a.term_rows + row] = {exists ? a.stats[slice * a.queries + row].lse : infinity(), delta};
 }
 
 // The weight of a score, and the derivative of the softcap.
@@ -114,7 +116,7 @@ attention_query_gradient_kernel(BMF_CONSTANT const AttentionArgs a) {
   if (begin < end) load(0, begin);
 
   const int warp_row = warp_index() * kStrips * kStrip, row = place.first + warp_row;
-  const int64_t terms_first = (place.batch * a.heads + head) * a.queries + place.own_first;
+  const int64_t terms_first = (place.batch * a.heads + head) * a.term_rows + place.own_first;
   const LaneTerms<kStrips> terms(a.terms + terms_first, row, place.own);
   const float keep_scale = 1.0f / (1.0f - a.dropout);
   float sums[kStrips][kDim / kColumns][kPerLane] = {};
@@ -210,7 +212,7 @@ attention_key_gradients_kernel(BMF_CONSTANT const AttentionArgs a) {
     load_tile<kQueries, kDim, kThreads>(grads_at(stage), by_query(a.grad_out, head), first);
     if (const int i = thread_index(); i < kQueries) {
       const int row = smaller(first + i, place.others - 1);  // one that does not exist is seen by no key
-      const int64_t at = (place.batch * a.heads + head) * a.queries + place.other_first + row;
+      const int64_t at = (place.batch * a.heads + head) * a.term_rows + place.other_first + row;
       copy_async<sizeof(RowTerms)>(terms_at(stage) + i * static_cast<uint32_t>(sizeof(RowTerms)), a.terms + at,
                                    sizeof(RowTerms));
     }

@@ -66,7 +66,7 @@ attention_bias_gradient_kernel(BMF_CONSTANT const AttentionArgs a) {
     barrier();
 
     const int row = first + warp_row;
-    const LaneTerms<1> terms(a.terms + (place.batch * a.heads + head) * a.queries, row, a.queries);
+    const LaneTerms<1> terms(a.terms + (place.batch * a.heads + head) * a.term_rows, row, a.queries);
     float weights[1][kKeys / kColumns][kPerLane] = {}, grads[1][kKeys / kColumns][kPerLane] = {};
     multiply_transposed<T, kDim>(weights, queries, warp_row, keys);
     for_sums(weights, [&](float& x, const Spot& at) {

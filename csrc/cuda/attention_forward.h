@@ -5,6 +5,7 @@
 // Grid: blocks of queries of all sequences, by heads. Each block reads its queries once, and keys and values once.
 #pragma once
 #include "cuda/attention_scores.h"
+#include "cuda/attention_softmax.h"
 
 namespace bmf::cuda {
 
@@ -50,8 +51,7 @@ attention_forward_kernel(BMF_CONSTANT const AttentionArgs a) {
 
   const int warp_row = warp_index() * kStrips * kStrip, row = place.first + warp_row;
   float out[kStrips][kDim / kColumns][kPerLane] = {};
-  float top[kStrips][2], total[kStrips][2] = {};
-  for (auto& strip : top) strip[0] = strip[1] = -infinity();
+  OnlineSoftmax<kStrips> softmax;
   Dropout<kStrips> dropout;
   int stage = 0;
   for (int start = begin; start < end; start += kKeys, stage ^= 1) {
@@ -70,32 +70,9 @@ attention_forward_kernel(BMF_CONSTANT const AttentionArgs a) {
         if (!seen) x = -infinity();
       });
     if (kFull) converge();  // a bias is read where it is seen
-#pragma unroll
-    for (int s = 0; s < kStrips; ++s)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float most = -infinity();
-#pragma unroll
-        for (int n = 0; n < kKeys / kColumns; ++n)
-          most = maximum(most, maximum(weights[s][n][2 * half], weights[s][n][2 * half + 1]));
-        most = maximum(most, shuffle_xor(most, 1));
-        most = maximum(most, shuffle_xor(most, 2));
-        const float risen = maximum(top[s][half], most * scores.factor), base = risen == -infinity() ? 0.0f : risen;
-        const float shrink = exp2(top[s][half] - base);
-        top[s][half] = risen;
-        total[s][half] *= shrink;
-#pragma unroll
-        for (int n = 0; n < kKeys / kColumns; ++n)
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            weights[s][n][i] = exp2(weights[s][n][i] * scores.factor - base);
-            total[s][half] += weights[s][n][i];
-          }
-#pragma unroll
-        for (int n = 0; n < kDim / kColumns; ++n)
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) out[s][n][i] *= shrink;
-      }
+    float shrink[kStrips][2];
+    softmax.add(weights, scores.factor, shrink);
+    scale_rows(out, shrink);
     if (kFull && a.dropout > 0) {
       if (start % kDropoutGroup == 0 || start == begin) dropout.draw(scores, row, start);
       for_sums(weights, [&](float& x, const Spot& at) { x = dropout.kept(at, start) ? x : 0.0f; });
@@ -107,24 +84,17 @@ attention_forward_kernel(BMF_CONSTANT const AttentionArgs a) {
   wait_copies<0>();  // of the queries, if there was no key
   barrier();
 
+  float inverse[kStrips][2];
 #pragma unroll
   for (int s = 0; s < kStrips; ++s)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float& sum = total[s][half];
-      sum += shuffle_xor(sum, 1);
-      sum += shuffle_xor(sum, 2);
-      const bool any = sum != 0;
-      const float inverse = any ? 1.0f / (sum * (1.0f - a.dropout)) : 0.0f;
-#pragma unroll
-      for (int n = 0; n < kDim / kColumns; ++n)
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) out[s][n][i] *= inverse;
+      const RowStats stats = softmax.finish(s, half, 1.0f - a.dropout, inverse[s][half]);
       const int r = row + kStrip * s + 8 * half + lane_index() / 4;
       if (lane_index() % 4 == 0 && r < place.own)
-        a.stats[(place.batch * a.heads + head) * a.queries + place.own_first + r] = {
-            any ? top[s][half] + log2(sum) : infinity(), any ? 1.0f : 0.0f};
+        a.stats[(place.batch * a.heads + head) * a.queries + place.own_first + r] = stats;
     }
+  scale_rows(out, inverse);
   put_sums<T>(queries, warp_row, out);
   barrier();
   const Rows16 result = rows_of(a.out, place.batch, head, place.own_first, place.own, a.head_dim);

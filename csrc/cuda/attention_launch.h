@@ -39,10 +39,15 @@ void run_forward(const AttentionArgs& a, Launch& launch) {
   });
 }
 
+// Backward's first kernel; the others follow it.
+template <class T, class Launch>
+void run_terms(const AttentionArgs& a, Launch& launch) {
+  launch(attention_terms_kernel<T>,
+         Grid{int64_t{a.batches} * (a.term_rows / TermsShape::kRows), a.heads, 1, TermsShape::kThreads, 0});
+}
+
 template <class T, class Launch>
 void run_backward(const AttentionArgs& a, Launch& launch) {
-  launch(attention_terms_kernel<T>, Grid{a.batches * ((int64_t{a.queries} + TermsShape::kRows - 1) / TermsShape::kRows),
-                                         a.heads, 1, TermsShape::kThreads, 0});
   with_dim(a.head_dim, [&]<int kDim>() {
     const auto run = [&]<bool kFull>() {
       using Query = QueryGradientShape<kDim, kFull>;

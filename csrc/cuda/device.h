@@ -148,6 +148,12 @@ BMF_DEVICE float exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+BMF_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+BMF_DEVICE float erf(float x) { return ::erff(x); }
 BMF_DEVICE float log2(float x) { return __log2f(x); }
 BMF_DEVICE float tanh(float x) { return ::tanhf(x); }
 BMF_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }

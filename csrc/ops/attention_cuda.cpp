@@ -129,7 +129,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
   AttentionArgs& args = call.args;
   const Tensor grad = with_contiguous_rows(grad_out), result = with_contiguous_rows(out);
   const int64_t heads = query.size(1), key_heads = key.size(1);
-  Tensor terms = call.new_stats();
+  args.term_rows = (args.queries + kTermRows - 1) / kTermRows * kTermRows;
+  Tensor terms = new_empty(query, {args.batches, heads, args.term_rows, 2}, ScalarType::Float);
   args.out = operand(result);
   args.stats = static_cast<RowStats*>(stats.data_ptr());
   args.grad_out = operand(grad);

@@ -12,7 +12,8 @@ inline int block_z() { return block->index().z; }
 inline void barrier() { block->barrier(); }
 
 inline void converge() {
-  block->together("converge", nullptr, [](void**) {});
+  const auto first = static_cast<size_t>(thread_index() / kWarp * kWarp);
+  block->together("converge", nullptr, [&](void**) { block->synchronize(first, first + kWarp); });
 }
 inline float shuffle_xor(float v, int mask) {
   struct Lane {
@@ -157,6 +158,8 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 }
 
 inline float exp2(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
+inline float erf(float x) { return std::erf(x); }
 inline float log2(float x) { return std::log2(x); }
 inline float tanh(float x) { return std::tanh(x); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }

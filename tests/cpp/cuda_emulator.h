@@ -7,8 +7,8 @@
 //
 // - threads that wait for each other for ever, or leave while others wait at a barrier;
 // - shared memory: out of bounds, misaligned, read before it was written, or touched by two threads, one of them
-// writing,
-//   without a barrier in between, whatever the order in which they ran;
+//   writing, when nothing makes one come before the other, whatever the order in which they ran (vector clocks: Lamport
+//   1978, Mattern 1989);
 // - asynchronous copies: data arrive when they are waited for, not earlier; until then the memory is no one's;
 // - the eight rows of a matrix that load_matrices reads from shared memory lie in different banks.
 //
@@ -50,12 +50,28 @@ using bmf::cuda::kWarp;
 constexpr int kGranule = 4;  // bytes of shared memory that are watched together; no two threads write into one
 constexpr unsigned char kPoison = 0xff;  // NaN in every dtype
 
-// What has happened to a granule; an epoch is the number of barriers before.
-struct Granule {
-  bool written = false, copying = false;
-  int writer = -1, writer_epoch = -1, reader = -1, reader_epoch = -1;
+// How much of what each agent did is known to come before. Agents: threads; warps, whose time is how many groups of
+// products they have begun (cuda_emulated_async.h); transaction barriers, whose time is their phase.
+using Clock = std::vector<int>;
+
+inline void join(Clock& clock, const Clock& other) {
+  for (size_t i = 0; i < clock.size(); ++i) clock[i] = std::max(clock[i], other[i]);
+}
+
+struct Access {
+  int agent, time;
+
+  bool before(const Clock& clock) const { return time <= clock[static_cast<size_t>(agent)]; }
 };
-constexpr int kSeveral = -2;
+
+// What has happened to a granule: its last write, and the reads since that are not known to come before each other.
+struct Granule {
+  bool written = false, copying = false, barrier = false;
+  bool unpublished = false;  // stored, and asynchronous copies and products may not see it yet
+  Access writer{0, 0};
+  std::vector<Access> readers;
+};
+constexpr int kMostBarriers = 32;  // transaction barriers of a block
 
 struct Copy {
   uint32_t to;
@@ -66,17 +82,21 @@ struct Copy {
 struct Thread {
   int index = 0;
   Fiber fiber;
-  enum class State { ready, at_barrier, in_warp, done } state = State::ready;
+  enum class State { ready, at_barrier, in_warp, elsewhere, done } state = State::ready;
+  Clock clock;
   std::vector<Copy> uncommitted;
   std::deque<std::vector<Copy>> groups;
 };
 
-// An instruction of a warp: what each lane brought.
+// An instruction of a warp, or of a warpgroup: what each thread brought.
+constexpr int kMostTogether = 128;
 struct Gathering {
   const char* name = nullptr;
   int arrived = 0;
-  void* lane[kWarp] = {};
+  void* lane[kMostTogether] = {};
 };
+
+struct Async;  // what runs beside the threads: cuda_emulated_async.h
 
 class Block {
  public:
@@ -86,11 +106,19 @@ class Block {
         random_(seed),
         threads_(static_cast<size_t>(threads)),
         warps_(static_cast<size_t>(threads / kWarp)),
+        groups_(static_cast<size_t>(threads + kMostTogether - 1) / kMostTogether),
         shared_(new unsigned char[static_cast<size_t>(shared_bytes)]),
         shared_bytes_(shared_bytes),
         granules_(static_cast<size_t>(shared_bytes / kGranule)) {
     std::memset(shared_.get(), kPoison, static_cast<size_t>(shared_bytes));
+    const size_t agents = threads_.size() + warps_.size() + kMostBarriers;
+    for (size_t i = 0; i < threads_.size(); ++i) {
+      threads_[i].clock.resize(agents);
+      threads_[i].clock[i] = 1;
+    }
+    start_async();
   }
+  ~Block();
 
   void run(const std::function<void()>& kernel);
 
@@ -106,27 +134,64 @@ class Block {
     current_->state = Thread::State::at_barrier;
     current_->fiber.pause();
   }
-  // f(lanes) once for the warp, when every lane has brought its `own`.
-  template <class F>
+  // f(lanes) once for the warp (or the warpgroup), when every lane has brought its `own`.
+  template <int kThreads = kWarp, class F>
   void together(const char* name, void* own, const F& f) {
-    Gathering& here = warps_[static_cast<size_t>(current_->index / kWarp)];
+    static_assert(kThreads == kWarp || kThreads == kMostTogether);
+    Gathering& here = (kThreads == kWarp ? warps_ : groups_)[static_cast<size_t>(current_->index / kThreads)];
     if (here.arrived > 0 && here.name != name) fail("lanes of a warp are at different instructions");
     here.name = name;
-    here.lane[current_->index % kWarp] = own;
-    if (++here.arrived < kWarp) {
+    here.lane[current_->index % kThreads] = own;
+    if (++here.arrived < kThreads) {
       current_->state = Thread::State::in_warp;
       current_->fiber.pause();
       return;
     }
     f(here.lane);
     here.arrived = 0;
-    const size_t first = static_cast<size_t>(current_->index / kWarp * kWarp);
-    for (size_t i = first; i < first + kWarp; ++i) threads_[i].state = Thread::State::ready;
+    const size_t first = static_cast<size_t>(current_->index / kThreads * kThreads);
+    for (size_t i = first; i < first + kThreads; ++i) threads_[i].state = Thread::State::ready;
+  }
+  // What threads [first, last) did comes before what they do from now on.
+  void synchronize(size_t first, size_t last) {
+    Clock all = threads_[first].clock;
+    for (size_t i = first + 1; i < last; ++i) join(all, threads_[i].clock);
+    for (size_t i = first; i < last; ++i) {
+      threads_[i].clock = all;
+      ++threads_[i].clock[i];
+    }
+  }
+  // Now comes before what others do who have joined `clock`.
+  void release(Clock& clock) {
+    clock.resize(current_->clock.size());
+    join(clock, current_->clock);
+    ++current_->clock[static_cast<size_t>(current_->index)];
   }
 
   // Shared memory, as `thread` (or the current one) uses it.
-  unsigned char* reading(uint32_t at, int bytes, Thread* thread = nullptr);
-  unsigned char* writing(uint32_t at, int bytes);
+  unsigned char* reading(uint32_t at, int bytes, Thread* thread = nullptr) {
+    const Thread& t = thread ? *thread : *current_;
+    return reading(at, bytes, t.clock, {t.index, t.clock[static_cast<size_t>(t.index)]});
+  }
+  unsigned char* writing(uint32_t at, int bytes) {
+    return writing(at, bytes, current_->clock,
+                   {current_->index, current_->clock[static_cast<size_t>(current_->index)]});
+  }
+  // As someone uses it who knows `clock`, and is known by `by`.
+  unsigned char* reading(uint32_t at, int bytes, const Clock& clock, Access by);
+  unsigned char* writing(uint32_t at, int bytes, const Clock& clock, Access by);
+  template <class F>
+  void for_granules(uint32_t at, int bytes, const F& f) {
+    for (uint32_t b = at; b < at + static_cast<uint32_t>(bytes); b += kGranule) f(granules_[b / kGranule]);
+  }
+  Thread& thread(size_t i) { return threads_[i]; }
+  size_t thread_count() const { return threads_.size(); }
+  int shared_bytes() const { return shared_bytes_; }
+  Async& async() { return *async_; }
+  void pause_elsewhere() {
+    current_->state = Thread::State::elsewhere;
+    current_->fiber.pause();
+  }
 
   void begin_copy(const Copy& copy) {
     std::memset(writing(copy.to, copy.bytes), kPoison, static_cast<size_t>(copy.bytes));
@@ -149,9 +214,11 @@ class Block {
 
  private:
   void mark_copying(const Copy& copy, bool copying) {
-    for (uint32_t b = copy.to; b < copy.to + static_cast<uint32_t>(copy.bytes); b += kGranule)
-      granules_[b / kGranule].copying = copying;
+    for_granules(copy.to, copy.bytes, [&](Granule& g) { g.copying = copying; });
   }
+  void start_async();
+  bool advance_async(bool idle);  // whether something was under way, and chosen to go on
+  void end_async();
   void check_range(uint32_t at, int bytes) const {
     if (at % static_cast<uint32_t>(bytes) != 0) fail("misaligned address of shared memory");
     if (int64_t{at} + bytes > shared_bytes_) fail("beyond the block's shared memory");
@@ -162,43 +229,41 @@ class Block {
   Order order_;
   std::mt19937_64 random_;
   std::vector<Thread> threads_;
-  std::vector<Gathering> warps_;
+  std::vector<Gathering> warps_, groups_;
   std::unique_ptr<unsigned char[]> shared_;
-  int shared_bytes_, epoch_ = 0;
+  int shared_bytes_;
   std::vector<Granule> granules_;
   Thread* current_ = nullptr;
+  std::unique_ptr<Async> async_;
 };
 
 inline Block* block = nullptr;  // the one that runs
 
-inline unsigned char* Block::reading(uint32_t at, int bytes, Thread* thread) {
+inline unsigned char* Block::reading(uint32_t at, int bytes, const Clock& clock, Access by) {
   check_range(at, bytes);
-  const int reader = (thread ? thread : current_)->index;
-  for (uint32_t b = at; b < at + static_cast<uint32_t>(bytes); b += kGranule) {
-    Granule& g = granules_[b / kGranule];
+  for_granules(at, bytes, [&](Granule& g) {
     if (g.copying) fail("shared memory is read while a copy to it is under way");
+    if (g.barrier) fail("a barrier is read as data");
     if (!g.written) fail("shared memory is read that nobody has written");
-    if (g.writer_epoch == epoch_ && g.writer != reader)
-      fail("race: read in the interval in which another thread wrote");
-    g.reader = g.reader_epoch == epoch_ && g.reader != reader ? kSeveral : reader;
-    g.reader_epoch = epoch_;
-  }
+    if (!g.writer.before(clock)) fail("race: read in the interval in which another thread wrote");
+    std::erase_if(g.readers, [&](const Access& reader) { return reader.before(clock); });
+    g.readers.push_back(by);
+  });
   return shared_.get() + at;
 }
 
-inline unsigned char* Block::writing(uint32_t at, int bytes) {
+inline unsigned char* Block::writing(uint32_t at, int bytes, const Clock& clock, Access by) {
   check_range(at, bytes);
-  const int writer = current_->index;
-  for (uint32_t b = at; b < at + static_cast<uint32_t>(bytes); b += kGranule) {
-    Granule& g = granules_[b / kGranule];
+  for_granules(at, bytes, [&](Granule& g) {
     if (g.copying) fail("shared memory is written while a copy to it is under way");
-    if (g.writer_epoch == epoch_ && g.writer != writer) fail("race: two threads write in one interval");
-    if (g.reader_epoch == epoch_ && g.reader != writer)
-      fail("race: written in the interval in which another thread read");
-    g.written = true;
-    g.writer = writer;
-    g.writer_epoch = epoch_;
-  }
+    if (g.barrier) fail("a barrier is written as data");
+    if (g.written && !g.writer.before(clock)) fail("race: two threads write in one interval");
+    for (const Access& reader : g.readers)
+      if (!reader.before(clock)) fail("race: written in the interval in which another thread read");
+    g.readers.clear();
+    g.written = g.unpublished = true;
+    g.writer = by;
+  });
   return shared_.get() + at;
 }
 
@@ -224,14 +289,17 @@ inline void Block::run(const std::function<void()>& kernel) {
         wait(0);  // what is empty needs no waiting for
         if (!current_->uncommitted.empty()) fail("a thread ends with copies that were never committed");
       }
+      end_async();
       current_->state = Thread::State::done;
     });
   }
   for (;;) {
+    if (advance_async(false)) continue;
     if ((current_ = choose()) != nullptr) {
       current_->fiber.resume();
       continue;
     }
+    if (advance_async(true)) continue;
     size_t done = 0, waiting = 0;
     for (const Thread& t : threads_) {
       done += t.state == Thread::State::done;
@@ -239,7 +307,7 @@ inline void Block::run(const std::function<void()>& kernel) {
     }
     if (done == threads_.size()) break;
     if (waiting != threads_.size()) fail("some threads wait at a barrier or for their warp, others never come");
-    ++epoch_;
+    synchronize(0, threads_.size());
     for (Thread& t : threads_) t.state = Thread::State::ready;
   }
   block = nullptr;
@@ -260,3 +328,5 @@ inline void launch(Dim grid, int threads, int shared_bytes, Order order, const s
 }  // namespace emulator
 
 #include "cuda_emulated_device.h"
+// Uses the device's.
+#include "cuda_emulated_hopper.h"

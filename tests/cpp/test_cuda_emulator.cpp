@@ -2,13 +2,8 @@
 // of those ends the program, so each is made in a process of its own.
 #include "cuda_emulator.h"
 // The emulator comes first.
-#include <sys/wait.h>
-#include <unistd.h>
-
-#include <csignal>
-
 #include "cuda/tile.h"
-#include "testing.h"
+#include "cuda_faults.h"
 
 using namespace bmf::cuda;
 using bmf::bf16;
@@ -25,25 +20,7 @@ void launch(Order order, const std::function<void()>& kernel) {
 
 // Whether the kernel's run ends with a message that contains `message`.
 void expect_failure(const char* message, Order order, const std::function<void()>& kernel) {
-  context = message;
-  int ends[2];
-  CHECK(pipe(ends) == 0);
-  const pid_t child = fork();
-  if (child == 0) {
-    dup2(ends[1], STDERR_FILENO);
-    std::signal(SIGABRT, SIG_DFL);
-    launch(order, kernel);
-    _exit(0);
-  }
-  close(ends[1]);
-  std::string said;
-  char piece[512];
-  for (ssize_t n; (n = read(ends[0], piece, sizeof piece)) > 0;) said.append(piece, static_cast<size_t>(n));
-  close(ends[0]);
-  int status = 0;
-  waitpid(child, &status, 0);
-  CHECK(!WIFEXITED(status) || WEXITSTATUS(status) != 0);
-  CHECK(said.find(message) != std::string::npos);
+  testing::expect_failure(message, [&] { launch(order, kernel); });
 }
 
 // No order hides that a barrier is missing between one warp's write and another's read.

@@ -6,10 +6,14 @@ values, which such tensors do not have: so this also shows that no launcher wait
 """
 
 import contextlib
+import importlib
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +34,25 @@ TYPES = {
     torch.bool: "i1",
 }
 ALIGNED = [["tt.divisibility", 16]]
+TILE = ("ROWS", "COLUMNS", "INNER", "QUERIES", "KEYS", "HEADS", "HALF", "SPLITS", "PRECISION")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a launch choice is: a kernel's tile, warps and stages; attention has others for float32."""
+
+    kernel: str
+    float32: bool
+    tile: tuple[tuple[str, object], ...]
+    warps: int
+    stages: int
 
 
 @dataclass(frozen=True)
 class Variant:
     """One compiled form of a kernel: what Triton would have specialised it to at its first launch."""
 
-    kernel: triton.JITFunction
+    kernel: str  # module.name
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, object], ...]
     aligned: tuple[int, ...]  # positions of arguments that are divisible by 16
@@ -46,7 +62,12 @@ class Variant:
     def __str__(self) -> str:
         types = "-".join(dict.fromkeys(t for _, t in self.signature if t.startswith("*")))
         named = [f"{k}={v}" for k, v in self.constants if k.isupper()]
-        return ":".join([self.kernel.__name__, types, *named, f"warps={self.warps}", f"stages={self.stages}"])
+        return ":".join([self.kernel, types, *named, f"warps={self.warps}", f"stages={self.stages}"])
+
+    @property
+    def choice(self) -> Choice:
+        tile = tuple((name, value) for name, value in self.constants if name in TILE)
+        return Choice(self.kernel, dict(self.signature).get("query") == "*fp32", tile, self.warps, self.stages)
 
 
 @dataclass(frozen=True)
@@ -93,7 +114,8 @@ def recorded(target: launch.Target, every_candidate: bool = False) -> Iterator[l
             elif by_16:
                 aligned.append(i)
         signature += [(name, "constexpr") for name in constants]
-        key = Variant(kernel, tuple(signature), tuple(sorted(fixed.items())), tuple(aligned), warps, stages)
+        name = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
+        key = Variant(name, tuple(signature), tuple(sorted(fixed.items())), tuple(aligned), warps, stages)
         variants[key] = None
 
     def try_all(kernel, shape_class, candidates, start, t):
@@ -119,8 +141,9 @@ def variants_of(call: Callable[[], object], target: launch.Target, every_candida
 
 def compile_for(variant: Variant, capability: int) -> Resources:
     """Down to machine code, by the ptxas that Triton brings."""
+    module, _, name = variant.kernel.partition(".")
     source = ASTSource(
-        variant.kernel,
+        getattr(importlib.import_module(f"bigmodel_fast.kernels.{module}"), name),
         dict(variant.signature),
         constexprs=dict(variant.constants),
         attrs={(i,): ALIGNED for i in variant.aligned},
@@ -136,3 +159,21 @@ def compile_for(variant: Variant, capability: int) -> Resources:
         ).stdout
     found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Resources(found["REG"], compiled.metadata.shared, found["STACK"] + found["LOCAL"])
+
+
+@contextlib.contextmanager
+def compiling(wanted: Iterable[tuple[int, Variant]]) -> Iterator[dict[tuple[int, Variant], Future[Resources]]]:
+    """Compiles (capability, variant) side by side, in a process for each processor."""
+    workers = len(os.sched_getaffinity(0))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        yield {(capability, v): pool.submit(_attempt, v, capability) for capability, v in wanted}
+        pool.shutdown(cancel_futures=True)
+
+
+def _attempt(variant: Variant, capability: int) -> Resources:
+    """With errors that another process can take."""
+    try:
+        return compile_for(variant, capability)
+    except Exception as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None

@@ -1,7 +1,7 @@
 """Calls of the launchers with training's shapes, on tensors without memory, so that every launch choice comes up."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -42,6 +42,29 @@ def norms(dtype: torch.dtype) -> Iterator[Case]:
     yield "rms_norm-narrow", partial(rms_norm.rms_norm_bwd, y, wide, wide, w, stats, True)
 
 
+def by_width(dtype: torch.dtype, width: int) -> Iterator[Case]:
+    """Kernels whose launch choices follow from the width of a row, with all that they can be asked for."""
+    x, w, stats = meta(8192, width, dtype=dtype), meta(width), meta(8192)
+    yield f"width-{width}-norm", partial(layer_norm.layer_norm_fwd, x, w, w, x, 1e-5, dtype)
+    yield f"width-{width}-norm-backward", partial(layer_norm.layer_norm_bwd, x, x, x, w, stats, stats, False)
+    target, options = meta(8192, dtype=torch.int64), (-100, 0.1, 30.0)
+    yield f"width-{width}-loss", partial(cross_entropy.cross_entropy_fwd, x, target, *options, "mean")
+    backward = partial(cross_entropy.cross_entropy_bwd, meta(), x, target, meta(8192, 2), *options, "mean")
+    yield f"width-{width}-loss-backward", backward
+    in_place = partial(cross_entropy.differentiate_in_place, x, target, stats, stats, meta(), *options)
+    yield f"width-{width}-loss-in-place", in_place
+    yield f"width-{width}-embedding", partial(embedding.embedding_fwd, target, x)
+    yield f"width-{width}-embedding-backward", partial(embedding.embedding_bwd, x, target, 8192, dtype)
+    if width <= 128:  # half a head
+        q, table = meta(4, 32, 2048, 2 * width, dtype=dtype), meta(2048, 2 * width)
+        yield f"width-{width}-rotary", partial(rotary.rotary_fwd, q, q, table, table, False)
+
+
+def widths(dtype: torch.dtype) -> Iterator[Case]:
+    for i in range(16):
+        yield from by_width(dtype, 1 << i)
+
+
 def rotations(dtype: torch.dtype) -> Iterator[Case]:
     for heads, dim in ((32, 128), (12, 64), (3, 96)):
         q, k = meta(4, 2048, heads, dim, dtype=dtype).transpose(1, 2), meta(4, heads, 2048, dim, dtype=dtype)
@@ -75,13 +98,12 @@ def products(dtype: torch.dtype) -> Iterator[Case]:
     if dtype is not F32:  # which it does not take
         x, w, b = meta(8192, 768, dtype=dtype), meta(3072, 768, dtype=dtype), meta(3072)
         for kind in ("none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "relu2"):
-            for i in range(4):
-                yield f"gemm-{kind}-{i}", partial(_layer, x, w, b, kind, i)
+            yield f"gemm-{kind}", partial(_layers, x, w, b, kind)
 
 
-def _layer(x: Tensor, weight: Tensor, bias: Tensor, kind: str, place: int) -> None:
-    blocks = gemm.candidates(x, weight)
-    gemm.layer(x, weight, bias, kind, kind != "none", blocks[min(place, len(blocks) - 1)])
+def _layers(x: Tensor, weight: Tensor, bias: Tensor, kind: str) -> None:
+    for blocks in gemm.candidates(x, weight):
+        gemm.layer(x, weight, bias, kind, kind != "none", blocks)
 
 
 def losses(dtype: torch.dtype) -> Iterator[Case]:
@@ -116,6 +138,8 @@ class Attention:
     dim: int = 128
     queries: int = 4096
     keys: int = 4096
+    batch: int = 4
+    heads: int = 32
     key_heads: int = 8
     causal: bool = False
     window: int | None = None
@@ -128,7 +152,7 @@ class Attention:
     dropout: float = 0.0
 
     def calls(self, dtype: torch.dtype) -> Iterator[Case]:
-        batch, heads, everything = 4, 32, 1 << 40
+        batch, heads, everything = self.batch, self.heads, 1 << 40
         q = meta(batch, self.queries, heads, self.dim, dtype=dtype).transpose(1, 2)
         k = v = meta(batch, self.keys, self.key_heads, self.dim, dtype=dtype).transpose(1, 2)
         boundaries = None
@@ -190,8 +214,49 @@ FEATURES = (
 )
 
 
+# The most that can be asked for with as many extras (attention_tiles.py) as rows of the tables take: all or none of
+# them, with a dimension of heads that is no power of two, which needs more registers.
+MOST: dict[str, dict] = {
+    "all": {"lengths": True, "bias": (4, 32, 4096, 4096), "softcap": 30.0, "alibi": True, "dropout": 0.1},
+    "packed-all": {"packed": True, "softcap": 30.0, "alibi": True, "dropout": 0.1},
+    "none": {"lengths": True},
+    "packed": {"packed": True},
+}
+DEMANDING = tuple(
+    Attention(f"demanding-{dim}-{name}", dim=dim, window=512, causal=True, **extras)
+    for dim in (192, 80)
+    for name, extras in MOST.items()
+)
+# What adds a choice here and there: rows of the tables in between, and fewer queries than a tile has.
+THREE: dict = {"lengths": True, "mask": True, "softcap": 30.0, "alibi": True}  # the most that decode takes
+BETWEEN: dict[str, dict] = {
+    "three": THREE,
+    "mask": {"lengths": True, "mask": True},
+    "dropout": {"lengths": True, "dropout": 0.1},
+}
+FILLING = tuple(
+    replace(call, name=f"filling-{call.name}-{queries}", queries=queries, bias=call.bias and (4, 32, queries, 4096))
+    for queries in (4096, 64, 32, 16)
+    for dim in (192, 80, 64)
+    for call in (
+        Attention(f"{dim}-{name}", dim=dim, key_heads=2, window=512, causal=True, **extras)
+        for name, extras in (MOST | BETWEEN).items()
+        if "packed" not in extras
+    )
+)
+DECODES = tuple(
+    Attention(f"filling-decode-{dim}-{rows}", dim=dim, queries=1, heads=2 * rows, key_heads=2, window=512, **THREE)
+    for dim in (192, 80, 64)
+    for rows in (64, 32, 16)
+)
+SPLITS = tuple(
+    Attention(f"filling-splits-{heads}", dim=256, queries=1, keys=32768, batch=1, heads=max(32, heads), key_heads=heads)
+    for heads in (1 << i for i in range(9))
+)
+
+
 def attentions(dtype: torch.dtype) -> Iterator[Case]:
-    for call in (*EVERY_DIM, *FEATURES):
+    for call in (*EVERY_DIM, *FEATURES, *DEMANDING, *FILLING, *DECODES, *SPLITS):
         # Wider heads in float32 take the reference; a single key in it spills a little, and is no case to tune for.
         if dtype is not F32 or (call.dim <= 128 and call.keys > 1):
             yield from call.calls(dtype)
@@ -213,6 +278,7 @@ def optimizer(dtype: torch.dtype) -> Iterator[Case]:
 
 GROUPS: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
     "norms": norms,
+    "widths": widths,
     "rotary": rotations,
     "dense": dense,
     "products": products,

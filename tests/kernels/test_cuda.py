@@ -1,7 +1,7 @@
-"""What nvcc makes of csrc/cuda: no kernel spills but one, and products run on tensor cores.
+"""What nvcc makes of csrc/cuda: no kernel spills but two, and products run on tensor cores.
 
-By default a kernel file for each of sm_80 and sm_90a; `BMF_COMPILE_ALL=1` compiles all files for both. Needs nvcc on
-PATH, and for the machine code cuobjdump: the toolkit's, or that of triton.
+By default a portable kernel file for each of sm_80 and sm_90a, and Hopper's own; `BMF_COMPILE_ALL=1` compiles the
+portable ones for both. Needs nvcc on PATH, and for the machine code cuobjdump: the toolkit's, or that of triton.
 """
 
 import importlib.util
@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc")
 EVERYTHING = bool(os.environ.get("BMF_COMPILE_ALL"))
+HOPPER = "attention_hopper"
 KERNELS = {  # how many of each name: dtypes, head dimensions, and whether they have all features
     "attention_forward": {"attention_forward_kernel": 2 * 3 * 2},
     "attention_backward": {
@@ -25,19 +26,41 @@ KERNELS = {  # how many of each name: dtypes, head dimensions, and whether they 
         "attention_key_gradients_kernel": 2 * 3 * 2,
         "attention_bias_gradient_kernel": 2 * 3,
     },
+    HOPPER: {
+        "attention_forward_hopper_kernel": 2 * 3,
+        "attention_query_gradient_hopper_kernel": 2 * 3,
+        "attention_key_gradients_hopper_kernel": 2 * (2 + 2),  # two for heads of 256
+    },
+    "mlp_fused_forward": {"mlp_fused_forward_kernel": 2 * 2},  # dtypes and widths
+    "mlp_fused_backward": {"mlp_fused_backward_kernel": 2 * 2, "mlp_fused_sum_kernel": 2},
+    "mlp": {"pointwise_kernel": 2 * 2 * 2},  # dtypes, gated or not, directions
 }
-# The one that is known to spill, and how many bytes at most: dK and dV of heads wider than 128 with all features.
-SPILLING = {"sm_90a": (re.compile(r"attention_key_gradients_kernel\w+Li256ELb1E"), 40)}
+# Those that are known to spill, with all features, and how many bytes at most: dK and dV of heads wider than 128, dQ of
+# those of at most 64.
+SPILLING = {
+    "sm_90a": (re.compile(r"(key_gradients_kernel\w+Li256E|query_gradient_kernel\w+Li64E)Lb1E"), 40),
+}
+BY_DEFAULT = {
+    "attention_forward": "sm_90a",
+    "attention_backward": "sm_80",
+    "mlp_fused_forward": "sm_80",
+    "mlp_fused_backward": "sm_90a",
+    "mlp": "sm_80",
+}
+WITHOUT_PRODUCTS = re.compile("attention_terms_kernel|mlp_fused_sum_kernel|pointwise_kernel")
+ONE_KIND_OF_FRAGMENTS = {"bias_gradient": "MT88", "mlp_fused_forward": "MT88"}  # which of both a kernel does not load
 TARGETS = [
     (stem, arch)
-    for stem, by_default in (("attention_forward", "sm_90a"), ("attention_backward", "sm_80"))
+    for stem, by_default in BY_DEFAULT.items()
     for arch in ("sm_80", "sm_90a")
     if EVERYTHING or arch == by_default
 ]
+TARGETS.append((HOPPER, "sm_90a"))
 PROPERTIES = re.compile(
     r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+"
     r"ptxas info\s+: Used (\d+) registers"
 )
+ADVICE = re.compile(r"ptxas info\s+: \(C\d+\).*")  # products that wait for each other, fences that it had to add
 
 pytestmark = [
     pytest.mark.slow,
@@ -58,6 +81,7 @@ class Compiled(NamedTuple):
     arch: str
     binary: Path
     kernels: list[Kernel]
+    advice: list[str]
 
 
 @pytest.fixture(scope="module", params=TARGETS, ids="-".join)
@@ -70,8 +94,9 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    found = PROPERTIES.findall(run.stdout + run.stderr)
-    return Compiled(stem, arch, binary, [Kernel(name, *map(int, numbers)) for name, *numbers in found])
+    said = run.stdout + run.stderr
+    kernels = [Kernel(name, *map(int, numbers)) for name, *numbers in PROPERTIES.findall(said)]
+    return Compiled(stem, arch, binary, kernels, ADVICE.findall(said))
 
 
 def test_every_kernel_is_compiled(compiled: Compiled) -> None:
@@ -95,6 +120,10 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump", path=os.pathsep.join(folders))
 
 
+def test_ptxas_finds_nothing_to_mend(compiled: Compiled) -> None:
+    assert compiled.advice == []
+
+
 def test_products_run_on_tensor_cores(compiled: Compiled) -> None:
     tool = cuobjdump()
     if tool is None:
@@ -103,11 +132,16 @@ def test_products_run_on_tensor_cores(compiled: Compiled) -> None:
     code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", text, re.DOTALL))
     assert code.keys() == {kernel.name for kernel in compiled.kernels}
     for name, instructions in code.items():
-        if "attention_terms_kernel" in name:  # has no product
+        if WITHOUT_PRODUCTS.search(name):
+            continue
+        if compiled.stem == HOPPER:  # products of warpgroups, boxes by TMA, registers given to those who multiply
+            product = r"HGMMA\.64x(64|128)x16\.F32" + (r"\.BF16 " if "4bf16" in name else " ")
+            for used in (product, r"UTMALDG\.4D ", r"SYNCS\.PHASECHK", r"USETMAXREG\.TRY_ALLOC"):
+                assert re.search(used, instructions), (name, used)
+            assert not re.search(r"HMMA\.|LDSM\.|LDGSTS\.", instructions), name
             continue
         product = "HMMA.16816.F32.BF16" if "4bf16" in name else r"HMMA.16816.F32 "
-        fragments = [r"LDSM\.16\.M88\.4 "]
-        if "bias_gradient" not in name:  # whose products are by transposed tiles only
-            fragments.append(r"LDSM\.16\.MT88\.4 ")
+        missing = [kind for part, kind in ONE_KIND_OF_FRAGMENTS.items() if part in name]
+        fragments = [rf"LDSM\.16\.{kind}\.4 " for kind in ("M88", "MT88") if kind not in missing]
         for used in (product, *fragments, r"LDGSTS\.E"):  # LDGSTS: tiles come asynchronously
             assert re.search(used, instructions), (name, used)

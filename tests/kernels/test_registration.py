@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bigmodel_fast as bmf
 from bigmodel_fast import _dispatch
-from bigmodel_fast.ops import _cuda, _triton
+from bigmodel_fast.ops import _cuda, _dense, _triton
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 each_spec = pytest.mark.parametrize("spec", all_specs(), ids=case_id)
@@ -37,6 +37,47 @@ def test_path_on_a_gpu(spec, dtype: torch.dtype) -> None:
         outputs = as_tuple(spec.op(**tensors, **spec.samples[1].options))
     assert all(t.device.type == "cuda" for t in outputs)
     assert {call.path for call in bmf.explain(reset=True).calls} == {"triton" if covered else "reference"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "rows", "reason"),
+    [
+        (torch.bfloat16, {}, 3, ""),
+        (torch.float16, {}, 3, ""),
+        (torch.float32, {}, 3, "no CUDA C++ kernel for torch.float32"),
+        (torch.bfloat16, {"dropout_p": 0.5}, 3, "no CUDA C++ kernel with a residual or dropout"),
+        (torch.bfloat16, {"residual": True}, 3, "no CUDA C++ kernel with a residual or dropout"),
+        (torch.bfloat16, {}, 0, "a size of 0"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("op", ["mlp", "gated_mlp"])
+def test_what_cuda_cpp_covers(op: str, dtype: torch.dtype, options: dict, rows: int, reason: str, monkeypatch) -> None:
+    monkeypatch.setattr(_dispatch, "_native_cuda", {op})
+    with FakeTensorMode(), torch.device("cuda"), _dispatch.forcing("native"):
+        x, first, up, last = (
+            torch.empty(s, dtype=dtype, requires_grad=True) for s in ((rows, 8), (6, 8), (6, 8), (4, 6))
+        )
+        weights = (first, None, last, None) if op == "mlp" else (first, up, last)
+        if "residual" in options:
+            options = {"residual": torch.empty(rows, 4, dtype=dtype)}
+        bmf.explain(reset=True)
+        y = getattr(bmf.ops, op)(x, *weights, **options)
+        assert (y.shape, y.dtype, y.requires_grad) == ((rows, 4), dtype, True)
+        calls = {(c.op, c.path, c.reason) for c in bmf.explain(reset=True).calls if c.op == op}
+    assert calls == {(op, "reference", reason) if reason else (op, "native", _dispatch.UNMEASURED)}
+
+
+def test_what_cuda_cpp_computes_again_needs_no_triton(monkeypatch) -> None:
+    linear, calls = torch.nn.functional.linear, []
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: calls.append(a) or linear(*a))
+    monkeypatch.setattr(_dispatch, "_native_cuda", {"mlp"})
+    with FakeTensorMode(), torch.device("cuda"):
+        x, weight, bias = torch.empty(2, 3, 8, dtype=torch.bfloat16), torch.empty(6, 8), torch.empty(6)
+        for forced, count in (("native", 1), (None, 1)):
+            with _dispatch.forcing(forced):
+                z = _dense.before_activation("mlp", x, weight, bias)
+            assert (z.shape, z.dtype, len(calls)) == ((6, 6), torch.bfloat16, count)
 
 
 @pytest.mark.parametrize(("stem", "names"), _triton.LAUNCHERS.items())

@@ -119,6 +119,8 @@ SPECS = (
             sample(1, 2, 2, 70, 30, 5, is_causal=True),  # the first queries see nothing
             sample(1, 2, 2, 130, 130, 32, window=(40, 10)),
             sample(2, 3, 3, 1, 50, 64, is_causal=True),
+            sample(1, 4, 2, 3, 1100, 16, softcap=2.0, is_causal=True),
+            masked(sample(2, 2, 1, 4, 37, 16, [37, 20], window=(9, 5)), 2, 1, 4, 37),
             sample(2, 8, 2, 2, 1100, 40, [1100, 7]),
             sample(1, 2, 2, 40, 40, 16, softcap=2.0, is_causal=True),
             sample(1, 2, 2, 40, 40, 16, alibi_slopes=slopes(2), is_causal=True),

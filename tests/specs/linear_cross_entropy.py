@@ -26,6 +26,9 @@ SPECS = (
             sample((64,), 70, 33, 5),  # fewer classes than x is wide
             sample((3,), 5, 7, 1),  # every target ignored: the mean is NaN
             sample((200,), 64, 301, 7, bias=False, softcap=10.0, label_smoothing=0.1),
+            # Several chunks, of which the first one's logits lie where dW will be.
+            sample((560,), 400, 300, 9, label_smoothing=0.1),
+            sample((300,), 276, 4160, bias=False),
         ),
         tail=lambda n: sample((n % 13 + 1,), n * 5 % 37 + 1, n, n % 3, n % 2 == 0, **OPTIONS[n % len(OPTIONS)]),
         empty=(sample((0,), 4, 3), sample((2, 0), 4, 3, reduction="none"), sample((2,), 0, 3)),

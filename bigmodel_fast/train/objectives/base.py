@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -13,10 +13,13 @@ Batch = tuple[Tensor, ...]  # what a pass takes, of shapes that the objective kn
 Progress = Callable[[int, int], None]  # characters done, and in all
 
 
-class Loader(Protocol):
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Loader(Protocol[T_co]):
     """Endless batches in an order that can be left and taken up again: `state_dict` is the position."""
 
-    def next(self) -> Batch: ...
+    def next(self) -> T_co: ...
 
     def state_dict(self) -> dict[str, int]: ...
 
@@ -34,7 +37,7 @@ class Objective(ABC):
 
     model_name: str
     tokenizer: Tokenizer
-    batches: Loader  # of the training data, those of a pass at a time
+    batches: Loader[Batch]  # of the training data, those of a pass at a time
     corpus: dict[str, int]  # tells one corpus from another
     train_tokens: int
     validation_tokens: int
