@@ -134,7 +134,7 @@ def memory(shape: Shape, step: Step) -> Memory:
     else:
         activations += shape.layers * sum(blocks)
     predicted = t * shape.predicted
-    lent = min(predicted, STATE * shape.width // e) if step.cpu else 0  # tokens whose logits lie where a gradient will be
+    lent = min(predicted, STATE * shape.width // e) if step.cpu else 0  # tokens whose logits lie in a gradient
     chunk = min(predicted - lent, max(FEWEST_TOKENS, LOGITS // (e * shape.vocab_size)))
     block_of_classes = min(shape.vocab_size, BLOCK_CLASSES)  # whose gradients are made at a time
     loss: float = e * (chunk * shape.vocab_size + predicted * shape.width)
