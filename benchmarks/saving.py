@@ -1,6 +1,6 @@
 """What a checkpoint costs a run: blocks of 100 steps of `pretrain`, every other one with an asynchronous save.
 
-python -m bigmodel_fast.benchmarks.saving [--blocks 10] [options of pretrain]
+python -m bigmodel_fast.benchmarks.saving [--blocks 10] [--config runs/mine/config.yaml]
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import statistics
 import sys
 import tempfile
 import time
-from typing import cast
+from pathlib import Path
 
-from bigmodel_fast.cli.arguments import parse
 from bigmodel_fast.train import TrainConfig, Trainer
 from bigmodel_fast.train.signals import StopRequest
 
@@ -43,10 +42,16 @@ def measured(config: TrainConfig, blocks: int, steps: int = STEPS) -> dict[bool,
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--blocks", type=int, default=10, help="in all; an even number")
-    own, others = parser.parse_known_args(argv)
+    parser.add_argument("--config", type=Path, help="of a run; without one it is `pretrain` as it comes")
+    given = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        values = parse(["--out", folder, *others], "pretrain", TrainConfig, "")
-        seconds = measured(cast(TrainConfig, TrainConfig.from_dict(values)), own.blocks)
+        values = {}
+        if given.config is not None:
+            import yaml
+
+            values = yaml.safe_load(given.config.read_text())
+        config = TrainConfig.from_dict({**values, "out": folder})
+        seconds = measured(config, given.blocks)
     without, saving = (statistics.median(seconds[saves]) for saves in (False, True))
     print(f"{STEPS} steps: {without:.2f} s, with a save {saving:.2f} s: {saving / without - 1:+.2%}")
     print({("with" if saves else "without"): [round(s, 2) for s in times] for saves, times in seconds.items()})

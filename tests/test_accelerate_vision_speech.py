@@ -169,8 +169,8 @@ def test_whisper_generates_the_same_text() -> None:
 
 
 def test_whisper_fills_a_cache_as_before_and_goes_on_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    keep, kept = projected._keep, []
-    monkeypatch.setattr(projected, "_keep", lambda *args: (kept.append(args[3]), keep(*args))[1])
+    keep, kept = projected.keep, []
+    monkeypatch.setattr(projected, "keep", lambda *args: (kept.append(args[3]), keep(*args))[1])
     model = make("whisper").eval()
     fast = copy.deepcopy(model)
     bmf.accelerate(fast)

@@ -80,7 +80,7 @@ def test_clients_learn_together_what_none_of_them_has(federated, model: str, tab
     assert lines[0] == "3 clients of 16, 32, 48 examples"  # a fifth of each is its own to validate on
     reached = [float(re.match(r"round (\d+): accuracy ([\d.]+)% of 40 examples", line)[2]) for line in lines[1:]]
     assert len(reached) == 4
-    assert reached[-1] > 85 > reached[0]
+    assert reached[-1] > 75 > reached[0]  # a client that knew its own words alone would be right in two thirds
     with pytest.raises(SystemExit):
         federated.main(["--model", model, "--data", tables[0]])
     assert "--data and --validation go together" in capsys.readouterr().err
