@@ -42,7 +42,7 @@ def one_step(trainer: ImageTrainer) -> float:
     batch = torch.arange(min(trainer.config.batch, len(trainer.train)))
     trainer._saved = float("inf")  # no checkpoint of so many weights
     trainer.model.train()
-    trainer._train_step(trainer.loader.inputs(batch, 0, 0), trainer.train.labels[batch])
+    trainer._train_step(trainer.loader.inputs(batch, 0, 0), trainer.train.labels[batch], lambda: None)
     return trainer._done.loss
 
 
