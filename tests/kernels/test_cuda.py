@@ -1,7 +1,7 @@
 """What nvcc makes of csrc/cuda: no kernel spills but two, and products run on tensor cores.
 
-By default a portable kernel file for each of sm_80 and sm_90a, and Hopper's own; `BMF_COMPILE_ALL=1` compiles the
-portable ones for both. Needs nvcc on PATH, and for the machine code cuobjdump: the toolkit's, or that of triton.
+Every kernel file for sm_80 and sm_90a, Hopper's own for the latter. Needs nvcc on PATH, and for the machine code
+cuobjdump: the toolkit's, or that of triton.
 """
 
 import importlib.util
@@ -16,7 +16,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc")
-EVERYTHING = bool(os.environ.get("BMF_COMPILE_ALL"))
 HOPPER = "attention_hopper"
 KERNELS = {  # how many of each name: dtypes, head dimensions, and whether they have all features
     "attention_forward": {"attention_forward_kernel": 2 * 3 * 2},
@@ -40,22 +39,9 @@ KERNELS = {  # how many of each name: dtypes, head dimensions, and whether they 
 SPILLING = {
     "sm_90a": (re.compile(r"(key_gradients_kernel\w+Li256E|query_gradient_kernel\w+Li64E)Lb1E"), 40),
 }
-BY_DEFAULT = {
-    "attention_forward": "sm_90a",
-    "attention_backward": "sm_80",
-    "mlp_fused_forward": "sm_80",
-    "mlp_fused_backward": "sm_90a",
-    "mlp": "sm_80",
-}
 WITHOUT_PRODUCTS = re.compile("attention_terms_kernel|mlp_fused_sum_kernel|pointwise_kernel")
 ONE_KIND_OF_FRAGMENTS = {"bias_gradient": "MT88", "mlp_fused_forward": "MT88"}  # which of both a kernel does not load
-TARGETS = [
-    (stem, arch)
-    for stem, by_default in BY_DEFAULT.items()
-    for arch in ("sm_80", "sm_90a")
-    if EVERYTHING or arch == by_default
-]
-TARGETS.append((HOPPER, "sm_90a"))
+TARGETS = [(stem, arch) for stem in KERNELS for arch in ("sm_80", "sm_90a") if stem != HOPPER or arch == "sm_90a"]
 PROPERTIES = re.compile(
     r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+"
     r"ptxas info\s+: Used (\d+) registers"
