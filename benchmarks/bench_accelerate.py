@@ -111,14 +111,17 @@ def loss_and_gradients(model: nn.Module, batch: Batch, dtype: str) -> Tensor:
 
 
 def results_of(model: nn.Module, batch: Batch, dtype: str) -> Results:
-    """Gradients of one layer together: some are 0 but for rounding, such as those of keys' biases."""
-    found = {"output loss": loss_and_gradients(model, batch, dtype).float()}
+    return {"output loss": loss_and_gradients(model, batch, dtype).float(), **gradients_by_layer(model)}
+
+
+def gradients_by_layer(model: nn.Module) -> Results:
+    """Those of one layer together: some are 0 but for rounding, such as those of keys' biases."""
     layers: dict[str, list[Tensor]] = {}
     for name, p in model.named_parameters():
-        if p.grad is not None:
-            layer = re.match(r".*\.\d+(?=\.)|[^.]+", name)
+        if p.grad is not None and p.dim():  # one number, such as CLIP's logit_scale, is the sum of what cancels
+            layer = re.match(r".*?\.\w*\d+(?=\.)|[^.]+", name)
             layers.setdefault(layer[0] if layer else name, []).append(p.grad.flatten())
-    return found | {f"grad {name}": torch.cat(grads) for name, grads in layers.items()}
+    return {f"grad {name}": torch.cat(grads) for name, grads in layers.items()}
 
 
 def builder(prepare: Callable[[nn.Module], Any]) -> Callable[[Case, Inputs, str], StepTask]:

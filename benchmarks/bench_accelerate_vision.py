@@ -4,7 +4,6 @@ Models of transformers and torchvision with random weights, in the shapes people
 with dropout and stochastic depth at work. All providers start from the same weights and see the same batch.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bigmodel_fast as bmf
 
+from .bench_accelerate import gradients_by_layer
 from .cases import BENCH_SEED, Case, Results, StepBenchmark, StepTask, autocast
 
 LR, CLASSES = 2e-5, 10
@@ -68,14 +68,7 @@ def loss_and_gradients(model: nn.Module, batch: Batch, dtype: str) -> Tensor:
 
 
 def results_of(model: nn.Module, batch: Batch, dtype: str) -> Results:
-    """Gradients of one layer together: some are 0 but for rounding, such as those of keys' biases."""
-    found = {"output loss": loss_and_gradients(model, batch, dtype).float()}
-    layers: dict[str, list[Tensor]] = {}
-    for name, p in model.named_parameters():
-        if p.grad is not None and p.dim():  # one number, such as logit_scale, is the sum of what cancels
-            layer = re.match(r".*?\.\w*\d+(?=\.)|[^.]+", name)
-            layers.setdefault(layer[0] if layer else name, []).append(p.grad.flatten())
-    return found | {f"grad {name}": torch.cat(grads) for name, grads in layers.items()}
+    return {"output loss": loss_and_gradients(model, batch, dtype).float(), **gradients_by_layer(model)}
 
 
 def builder(prepare: Callable[[nn.Module], Any]) -> Callable[[Case, Inputs, str], StepTask]:
