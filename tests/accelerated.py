@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import numerics
 import torch
@@ -109,3 +110,26 @@ def outputs_of(*inputs: Tensor, **options):
         return {"y": y}, weighed(y)
 
     return call
+
+
+def loss_of(**given: Any) -> Call:
+    """The loss of a model of transformers, and the logits of those that classify whole sequences."""
+
+    def call(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+        out = model(**given)
+        assert out.loss.isfinite()
+        found = {"loss": out.loss}
+        if "logits" in out and out.logits.dim() == 2:
+            found["logits"] = out.logits
+        return found, out.loss
+
+    return call
+
+
+def explained() -> set[tuple[str, str]]:
+    """(operator, reason) of the calls since the last time."""
+    return {(c.op, c.reason) for c in bmf.explain(reset=True).calls}
+
+
+def ops_used() -> set[str]:
+    return {op for op, _ in explained()}

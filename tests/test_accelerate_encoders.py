@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerated import assert_same_model, assert_same_training, kinds, weighed
+from accelerated import assert_same_model, assert_same_training, explained, kinds, loss_of, ops_used, weighed
 from torch import Tensor, nn
 
 import bigmodel_fast as bmf
@@ -65,26 +65,6 @@ def inputs(name: str, padding: str = "right") -> dict[str, Tensor]:
     elif "For" in name:
         given["labels"] = (draw(CLASSES + 3, B, S) - 3 if "Token" in name else tokens).masked_fill(present == 0, -100)
     return given
-
-
-def loss_of(**given: Any):
-    def call(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
-        out = model(**given)
-        assert out.loss.isfinite()
-        found = {"loss": out.loss}
-        if "logits" in out and out.logits.dim() == 2:
-            found["logits"] = out.logits
-        return found, out.loss
-
-    return call
-
-
-def explained() -> set[tuple[str, str]]:
-    return {(c.op, c.reason) for c in bmf.explain(reset=True).calls}
-
-
-def ops_used() -> set[str]:
-    return {op for op, _ in explained()}
 
 
 @pytest.mark.parametrize("padding", PADDING)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerated import DTYPES, assert_same_model
+from accelerated import DTYPES, assert_same_model, explained, loss_of, ops_used
 from torch import Tensor, nn
 
 import bigmodel_fast as bmf
@@ -55,25 +55,6 @@ def inputs(name: str, padding: str = "right") -> dict[str, Tensor]:
     elif "For" in name:
         given["labels"] = (draw(CLASSES, B, S) if "Token" in name else tokens).masked_fill(present == 0, -100)
     return given
-
-
-def loss_of(**given: Tensor):
-    def call(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
-        out = model(**given)
-        found = {"loss": out.loss}
-        if "logits" in out and out.logits.dim() == 2:
-            found["logits"] = out.logits
-        return found, out.loss
-
-    return call
-
-
-def explained() -> set[tuple[str, str]]:
-    return {(c.op, c.reason) for c in bmf.explain(reset=True).calls}
-
-
-def ops_used() -> set[str]:
-    return {op for op, _ in explained()}
 
 
 HEADS = ["SequenceClassification", "TokenClassification", "MaskedLM"]
