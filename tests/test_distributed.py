@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +240,30 @@ def test_torchrun_starts_all_again_when_a_rank_is_killed(corpus: Path, tmp_path:
     assert process.returncode == 0, error[-2000:]
     assert "finished at step 600" in out
     assert load_checkpoint(tmp_path / "run").state["ranks"] == 2
+
+
+def test_ranks_started_again_do_not_read_what_dead_ones_left() -> None:
+    """In torchrun's store, which outlives a restart; a rank may be early, or have died before the others came."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=30))
+
+    def ask(rank: int, delay: float = 0.0) -> str:
+        time.sleep(delay)
+        client = torch.distributed.TCPStore("127.0.0.1", store.port, is_master=False, timeout=store.timeout)
+        return distributed.agree(client, rank, 3)
+
+    with ThreadPoolExecutor(3) as ranks:
+        store.set("attempt/asks/2", "what one asked that died")
+        words = set()
+        for late in range(3):
+            attempt = [ranks.submit(ask, rank, 0.3 * (rank == late)) for rank in range(3)]
+            word, *same = (found.result(timeout=30) for found in attempt)
+            assert same == [word, word]
+            words.add(word)
+        assert len(words) == 3
+
+    store.set_timeout(timedelta(seconds=0.5))
+    with pytest.raises(TimeoutError, match=r"ranks \[1, 2\] did not come within 0.5 s"):
+        distributed.agree(store, 0, 3)
 
 
 def test_bad_settings_of_a_launch_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

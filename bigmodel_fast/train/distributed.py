@@ -7,6 +7,7 @@ does all of it: DistributedDataParallel or fully_shard (FSDP2), over gloo on CPU
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -44,7 +45,9 @@ class Ranks:
         if device.type == "cuda":
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            store = attempt_store(self.rank, self.size)
+            dist.init_process_group(backend, store=store, world_size=self.size, rank=self.rank)
 
     @property
     def first(self) -> bool:
@@ -140,6 +143,46 @@ def launched() -> bool:
 def is_first() -> bool:
     """Whether this process is rank 0, or the only one."""
     return not launched() or int(os.environ["RANK"]) == 0
+
+
+def attempt_store(rank: int, size: int) -> Any:
+    """The store in which the ranks of this attempt find one another; None: torch's default one is new each time.
+
+    torchrun's store outlives a restart. What dead processes wrote stands there under the names that the new ones look
+    up, and who reads it before it is overwritten calls an address where nobody is. So each attempt has its own prefix.
+    """
+    import torch.distributed as dist
+
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
+    return dist.PrefixStore(agree(store, rank, size), store)
+
+
+def agree(store: Any, rank: int, size: int) -> str:
+    """A word that rank 0 has drawn and all ranks know, whatever earlier ones left in the store.
+
+    Each rank asks by a word of its own and waits for the answer to it. Rank 0 answers until all have thanked it by its.
+
+    Args:
+        store: a TCPStore, whose timeout is how long ranks wait for each other.
+    """
+    mine = secrets.token_hex(8)
+    if rank:
+        store.set(f"attempt/asks/{rank}", mine)
+        word = store.get(f"attempt/answers/{mine}").decode()
+        store.set(f"attempt/{word}/{rank}", "")
+        return word
+    waiting, until = set(range(1, size)), time.monotonic() + store.timeout.total_seconds()
+    while waiting:
+        for other in waiting:
+            if store.check([f"attempt/asks/{other}"]):
+                store.set(f"attempt/answers/{store.get(f'attempt/asks/{other}').decode()}", mine)
+        waiting = {other for other in waiting if not store.check([f"attempt/{mine}/{other}"])}
+        if time.monotonic() > until:
+            raise TimeoutError(f"ranks {sorted(waiting)} did not come within {store.timeout.total_seconds():g} s")
+        time.sleep(0.01)
+    return mine
 
 
 def shard(model: nn.Module, device: torch.device, ranks: int) -> None:
