@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -299,6 +300,9 @@ def test_a_full_disk_in_mid_run_leaves_the_last_checkpoint(settings) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill_disk() -> None:  # no file may grow beyond 8 kB: what writes gets an OSError, as on a full disk
+        until = time.monotonic() + 30
+        while checkpoints(config) != ["step-00000002"] and time.monotonic() < until:  # written beside the steps
+            time.sleep(0.01)
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
 
     try:

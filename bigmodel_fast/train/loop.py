@@ -8,7 +8,7 @@ that is cut into other passes than before is summed in another order.)
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from .config import TrainConfig
 from .distributed import Ranks, is_lost_rank
 from .errors import TrainError, is_out_of_memory
 from .faults import BAD_STEPS, Health
-from .guard import smaller_passes
+from .guard import smaller_passes, told
 from .lock import RunLock
 from .metrics import MetricsLog, plot_losses
 from .objectives import Batch, make_objective
@@ -162,7 +162,7 @@ class Trainer:
             TrainError: the loss is not finite any more, or something cannot be written.
         """
         out = self.config.out_folder
-        try:
+        with told(out, lambda: f"step {self.step}", self._less_memory, self._what_is_saved), self._lost_rank_told():
             self._log: MetricsLog | None = None
             if self.ranks.first:
                 setup.write_config(self.config, out)
@@ -175,23 +175,22 @@ class Trainer:
             finally:
                 self.report.end()
                 self._release()
-        except BrokenPipeError:  # whoever read what the reporter printed is gone
-            raise
-        except OSError as error:
-            reason = error.strerror or error
-            raise TrainError(f"step {self.step}: cannot write to {out} ({reason}){self._what_is_saved()}") from error
-        except (MemoryError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                raise TrainError(f"step {self.step}: {self._less_memory()}{self._what_is_saved()}") from None
-            if self._is_lost_rank(error):
-                lost = f"step {self.step}: rank {self.ranks.rank} ends, another rank is gone; go on with --resume auto"
-                raise TrainError(lost + self._what_is_saved()) from None
-            raise
         assert self.checkpoint is not None
         return Result(self.progress >= 1, self.step, self.step - self._first_step, self.checkpoint, self.evaluation)
 
-    def _is_lost_rank(self, error: BaseException) -> bool:
-        return self.ranks.size > 1 and isinstance(error, RuntimeError) and is_lost_rank(error)
+    @contextlib.contextmanager
+    def _lost_rank_told(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not self._is_lost_rank(error):
+                raise
+            lost = f"step {self.step}: rank {self.ranks.rank} ends, another rank is gone; go on with --resume auto"
+            raise TrainError(lost + self._what_is_saved()) from None
+
+    def _is_lost_rank(self, error: RuntimeError) -> bool:
+        own = isinstance(error, TrainError) or is_out_of_memory(error)
+        return self.ranks.size > 1 and not own and is_lost_rank(error)
 
     def _release(self) -> None:
         """Ends what goes on beside the training, and gives the folder free."""
