@@ -80,7 +80,7 @@ def test_every_tail_length(spec: Spec, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("op", [ops.rms_norm, lambda x, w: ops.layer_norm(x, w, w)], ids=["rms_norm", "layer_norm"])
-def test_outputs_larger_than_caches(op) -> None:
+def test_norms_larger_than_caches(op) -> None:
     """Rows that are written past the caches are the same bits as those of a few."""
 
     def with_gradient(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,3 +91,16 @@ def test_outputs_larger_than_caches(op) -> None:
     x, dy, weight = torch.randn(8200, 768), torch.randn(8200, 768), torch.randn(768)
     for large, few in zip(with_gradient(x, dy), with_gradient(x[-9:], dy[-9:]), strict=True):
         assert torch.equal(large[-9:], few)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("dim", [48, 64, 80])
+def test_rotary_larger_than_caches(dim: int, dtype: torch.dtype) -> None:
+    heads = -(-(25 << 20) // (512 * dim * dtype.itemsize))
+    angle = torch.randn(512, dim)
+
+    def turned(query: Tensor, angle: Tensor) -> Tensor:
+        return ops.rotary(query, query[:, :1], angle.cos(), angle.sin())[0]
+
+    query = torch.randn(1, 512, heads, dim).to(dtype).transpose(1, 2)
+    assert torch.equal(turned(query, angle)[:, :, -9:], turned(query[:, :, -9:], angle[-9:]))

@@ -276,6 +276,24 @@ BMF_INLINE void store_lanes(T* p, Vec v, int lanes) {
     store_partial(p, v, lanes);
 }
 
+// Rows of this size together do not stay in a last-level cache for whoever reads them next. They are written past the
+// caches, which saves reading each line before it is written.
+constexpr int64_t kPastCaches = int64_t{24} << 20;
+
+// Whether rows of `width` bytes that begin `stride` bytes apart are to be written by `stream`, and can be.
+inline bool past_caches(const void* to, int64_t rows, int64_t width, int64_t stride) {
+  constexpr int64_t kLine = 64;
+  return rows * width >= kPastCaches && reinterpret_cast<uintptr_t>(to) % kLine == 0 && stride % kLine == 0;
+}
+
+template <class T>
+BMF_INLINE void store_lanes(T* p, Vec v, int lanes, bool past) {
+  if (past && lanes == kLanes)
+    stream(p, v);
+  else
+    store_lanes(p, v, lanes);
+}
+
 // ---- horizontal ----
 
 BMF_INLINE float sum(Vec v) {

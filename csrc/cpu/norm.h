@@ -64,25 +64,6 @@ BMF_INLINE T* row_of(const Rows& rows, int64_t row) {
   return static_cast<T*>(rows.data) + row * rows.stride;
 }
 
-// Rows of this size together do not stay in a last-level cache for whoever reads them next. They are written past the
-// caches, which saves reading each line before it is written.
-constexpr int64_t kPastCaches = int64_t{24} << 20;
-
-template <class T>
-inline bool past_caches(const Rows& to, int64_t rows, int64_t width) {
-  constexpr int64_t kLine = 64, kSize = sizeof(T);
-  return rows * width * kSize >= kPastCaches && reinterpret_cast<uintptr_t>(to.data) % kLine == 0 &&
-         to.stride * kSize % kLine == 0;
-}
-
-template <class T>
-BMF_INLINE void store_lanes(T* p, Vec v, int lanes, bool past) {
-  if (past && lanes == kLanes)
-    stream(p, v);
-  else
-    store_lanes(p, v, lanes);
-}
-
 // One row of parameters as floats; `absent` in every place if there is none.
 inline void load_parameters(const Rows& from, float absent, int64_t width, float* out) {
   with_optional_type(from, [&](auto type) {
@@ -101,7 +82,7 @@ inline void norm_forward_rows(const NormForwardArgs& args, const float* weight, 
   using S = std::conditional_t<kPresent<R>, std::conditional_t<sizeof(X) == 4 || sizeof(R) == 4, float, bf16>, X>;
   const int64_t n = args.width;
   const float count = static_cast<float>(n);
-  const bool past = past_caches<Y>(args.y, args.rows, n);
+  const bool past = past_caches(args.y.data, args.rows, n * sizeof(Y), args.y.stride * sizeof(Y));
   for (int64_t row = begin; row < end; ++row) {
     const X* x = row_of<X>(args.x, row);
     const S* s;
@@ -172,7 +153,7 @@ inline void norm_backward_rows(const NormBackwardArgs& args, const float* weight
                                int64_t begin, int64_t end) {
   const int64_t n = args.width;
   const float count = static_cast<float>(n);
-  const bool past = past_caches<S>(args.grad, args.rows, n);
+  const bool past = past_caches(args.grad.data, args.rows, n * sizeof(S), args.grad.stride * sizeof(S));
   for (int64_t i = 0; i < n; ++i) grad_weight[i] = 0;
   if (kCentered)
     for (int64_t i = 0; i < n; ++i) grad_bias[i] = 0;
