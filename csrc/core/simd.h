@@ -29,6 +29,7 @@ constexpr bool kHasBf16Dot = false;
 #endif
 
 #define BMF_INLINE inline __attribute__((always_inline))
+#define BMF_FLATTEN __attribute__((flatten))  // of a function: all that it calls is inlined, lambdas too
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
@@ -99,7 +100,15 @@ BMF_INLINE Vec sqrt(Vec x) {
 
 // ---- memory: float or bf16 in memory, float in the register ----
 
-BMF_INLINE Vec widen(VecH h) { return reinterpret_cast<Vec>(__builtin_convertvector(h, VecU) << 16); }
+BMF_INLINE Vec widen(VecH h) {  // the upper halves of floats, with zeros below
+#if defined(__AVX512VBMI__)     // one permutation of bytes, where a conversion and a shift would be two operations
+  const VecI from = lane_index() * 0x02020000 + 0x01000000;  // of lane i: bytes 2i and 2i + 1 into its upper two
+  return reinterpret_cast<Vec>(_mm512_maskz_permutexvar_epi8(0xcccccccccccccccc, reinterpret_cast<__m512i>(from),
+                                                             _mm512_castsi256_si512(reinterpret_cast<__m256i>(h))));
+#else
+  return reinterpret_cast<Vec>(__builtin_convertvector(h, VecU) << 16);
+#endif
+}
 
 BMF_INLINE VecH narrow(Vec x) {  // round to nearest even; NaN stays NaN
 #if defined(__AVX512BF16__)

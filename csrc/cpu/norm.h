@@ -77,8 +77,8 @@ inline void load_parameters(const Rows& from, float absent, int64_t width, float
 }
 
 template <bool kCentered, class X, class R, class Y>
-inline void norm_forward_rows(const NormForwardArgs& args, const float* weight, const float* bias, int64_t begin,
-                              int64_t end) {
+BMF_FLATTEN inline void norm_forward_rows(const NormForwardArgs& args, const float* weight, const float* bias,
+                                          int64_t begin, int64_t end) {
   using S = std::conditional_t<kPresent<R>, std::conditional_t<sizeof(X) == 4 || sizeof(R) == 4, float, bf16>, X>;
   const int64_t n = args.width;
   const float count = static_cast<float>(n);
@@ -149,8 +149,8 @@ inline void norm_forward(const NormForwardArgs& args, const Threads& threads) {
 
 // grad_weight and grad_bias: this thread's own sums, which it starts from zero.
 template <bool kCentered, class G, class S, bool kGradSum, bool kNarrow>
-inline void norm_backward_rows(const NormBackwardArgs& args, const float* weight, float* grad_weight, float* grad_bias,
-                               int64_t begin, int64_t end) {
+BMF_FLATTEN inline void norm_backward_rows(const NormBackwardArgs& args, const float* weight, float* grad_weight,
+                                           float* grad_bias, int64_t begin, int64_t end) {
   const int64_t n = args.width;
   const float count = static_cast<float>(n);
   const bool past = past_caches(args.grad.data, args.rows, n * sizeof(S), args.grad.stride * sizeof(S));
