@@ -114,13 +114,15 @@ def too_few(op: str, t: torch.Tensor, count: int) -> str | None:
     return _few(op) if count < FEWEST[op][0] else None
 
 
-def small(op: str, function: Callable[..., torch.Tensor], t: torch.Tensor, *args: Any) -> torch.Tensor | None:
-    """function(*args), torch's own, if `t` has too few elements; None if it has not, or if torch does not take them.
+def small(
+    op: str, function: Callable[..., torch.Tensor], t: torch.Tensor, count: int, *args: Any
+) -> torch.Tensor | None:
+    """function(*args), torch's own, if `count` is too few of what FEWEST counts; None if not, or if torch refuses them.
 
     For calls of microseconds, of which checks would be the larger part. They come after this, and say what is wrong
     with arguments that torch did not take.
     """
-    if is_compiling() or t.numel() >= FEWEST[op][0] or not t.is_cpu or _forced is not None:
+    if is_compiling() or count >= FEWEST[op][0] or not t.is_cpu or _forced is not None:
         return None
     try:
         result = function(*args)

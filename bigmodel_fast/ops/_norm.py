@@ -21,7 +21,7 @@ def small(op: str, function: Callable[..., Tensor], x: Tensor, *args: Any) -> Te
         torch.is_autocast_enabled("cpu") and x.dtype is not torch.get_autocast_dtype("cpu")
     ):
         return None
-    return _dispatch.small(op, function, x, x, x.shape[-1:], *args)
+    return _dispatch.small(op, function, x, x.numel(), x, x.shape[-1:], *args)
 
 
 def uncovered(dtype: torch.dtype, x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> str | None:

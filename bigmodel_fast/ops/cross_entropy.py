@@ -37,7 +37,8 @@ def _plain(logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: f
     shaped = logits.dim() == 2 and target.dim() == 1 and target.dtype is torch.int64
     if not (shaped and logits.is_floating_point() and label_smoothing >= 0):
         raise TypeError("torch takes these too")
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if logits.dtype is not torch.float32:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(
         logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
     )
@@ -104,7 +105,7 @@ def cross_entropy(
     """
     if isinstance(logits, Tensor) and softcap is None:
         options = ignore_index, label_smoothing, reduction
-        loss = _dispatch.small("cross_entropy", _plain, logits, logits, target, *options)
+        loss = _dispatch.small("cross_entropy", _plain, logits, logits.numel(), logits, target, *options)
         if loss is not None:
             return loss
     _checks.floating("cross_entropy", logits=logits)

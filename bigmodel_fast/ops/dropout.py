@@ -59,7 +59,7 @@ def dropout(x: Tensor, p: float = 0.5, *, residual: Tensor | None = None) -> Ten
         ValueError: shapes or devices do not fit together, or p is out of range.
     """
     if residual is None and p != 0 and isinstance(x, Tensor) and x.dim() > 0:
-        y = _dispatch.small("dropout", torch.dropout, x, x, p, True)
+        y = _dispatch.small("dropout", torch.dropout, x, x.numel(), x, p, True)
         if y is not None:
             return y
     _checks.floating("dropout", x=x, **_checks.given(residual=residual))

@@ -69,7 +69,7 @@ def embedding(token: Tensor, weight: Tensor) -> Tensor:
     """
     op = "embedding"
     if isinstance(token, Tensor) and isinstance(weight, Tensor) and not _dense.needs_grad(weight):
-        out = _dispatch.small(op, _plain, token, weight, token)
+        out = _dispatch.small(op, _plain, token, token.numel(), weight, token)
         if out is not None:
             return out
     _checks.floating(op, weight=weight)

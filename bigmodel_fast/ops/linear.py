@@ -25,6 +25,22 @@ def reference(
     return _dense.finish(y, dropout_p, residual)
 
 
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    fits = bias is None or (isinstance(bias, Tensor) and bias.is_cpu and bias.shape == weight.shape[:1])
+    if x.dim() == 0 or not (weight.is_cpu and fits):
+        raise TypeError("torch takes these too")
+    return F.linear(x, weight, bias)
+
+
+def _small(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """x W^T + b by torch, if that is few multiply-adds in float32; else None."""
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and weight.dim() == 2):
+        return None
+    if x.dtype is not torch.float32 or torch.is_autocast_enabled("cpu"):
+        return None
+    return _dispatch.small("linear", _plain, x, x.numel() * weight.shape[0], x, weight, bias)
+
+
 @torch.library.register_fake("bigmodel_fast::linear_fwd")
 def _(x, weight, bias, activation, save_pre, residual=None, seed=None, dropout_p=0.0):
     m, n = x.shape[0], weight.shape[0]
@@ -113,6 +129,9 @@ def linear(
         TypeError: an argument is no floating-point tensor.
         ValueError: shapes or devices do not fit together, or the activation is unknown.
     """
+    bare = activation is None and dropout_p == 0 and residual is None
+    if bare and (y := _small(x, weight, bias)) is not None:
+        return y
     _checks.floating("linear", x=x, weight=weight, **_checks.given(bias=bias, residual=residual))
     _dense.check_input("linear", x)
     _dense.check_weight("linear", "weight", weight, None, x.shape[-1], "(x's last dimension)")
@@ -121,7 +140,7 @@ def linear(
     _dense.check_finish("linear", "dropout_p", dropout_p, residual, (*x.shape[:-1], weight.shape[0]))
     x, weight = _dense.operands(x, weight)
     reason = _dispatch.unsupported(x, weight, bias, residual)
-    if reason is None and x.dtype is torch.float32 and activation is None and dropout_p == 0 and residual is None:
+    if reason is None and bare and x.dtype is torch.float32:
         reason = _dispatch.too_few("linear", x, x.numel() * weight.shape[0])
     if not _dispatch.use_native("linear", reason, x):
         return reference(x, weight, bias, activation=activation, dropout_p=dropout_p, residual=residual)

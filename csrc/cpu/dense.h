@@ -32,51 +32,54 @@ constexpr int64_t kSumRows = 256;  // rows summed together, and their sums then 
 
 // At most this many rows are multiplied without packing W: it is then read once, straight into the sums.
 constexpr int64_t kFewRows = 16;
-constexpr int kGroupRows = kLanes / 4, kGroupColumns = 4;  // of sums at a time: kLanes of them
+// Rows of x that are multiplied with a row of W while it is in registers, where there are m of them.
+inline int64_t group_of(int64_t m) { return smaller(m > 2 ? 4 : larger(m, 1), kLanes / 4); }
 
 // `m` rows of x as floats, zero beyond k up to `stride` and beyond m up to whole groups.
 class FewRows {
  public:
   template <class X>
   FewRows(const MatrixView<X>& x, int64_t m, int64_t k)
-      : stride_(ceil_div(k, kLanes) * kLanes), rows_(ceil_div(m, kGroupRows) * kGroupRows), wide_(rows_ * stride_ * 4) {
+      : group_(group_of(m)),
+        stride_(ceil_div(k, kLanes) * kLanes),
+        rows_(ceil_div(m, group_) * group_),
+        wide_(rows_ * stride_ * 4) {
     for (int64_t r = 0; r < rows_; ++r)
       for_lanes(k, [&](int64_t c, int lanes) {
         store(wide_.at<float>(0) + r * stride_ + c, r < m ? load_lanes(x.at(r, c), lanes) : Vec{});
       });
   }
+  int64_t group() const { return group_; }
   int64_t rows() const { return rows_; }
   const float* row(int64_t r) const { return wide_.at<float>(0) + r * stride_; }
 
  private:
-  int64_t stride_, rows_;
+  int64_t group_, stride_, rows_;
   Scratch wide_;
 };
 
-// sums[r][c] = x[r] . w[col + c] for c < cols, whole groups of rows.
-template <class W>
-void multiply_few_rows(const FewRows& x, const MatrixView<W>& w, int64_t col, int64_t cols, int64_t k, float* sums) {
-  for (int64_t c = 0; c < cols; c += kGroupColumns) {
-    const W *weight[kGroupColumns], *next[kGroupColumns];  // the rows of this group, and of the one after it
-    for (int j = 0; j < kGroupColumns; ++j) {
+// sums[r][c] = x[r] . w[col + c] for c < cols, whole groups of kGroup rows.
+template <int kGroup, class W>
+void multiply_row_groups(const FewRows& x, const MatrixView<W>& w, int64_t col, int64_t cols, int64_t k, float* sums) {
+  constexpr int kColumns = kGroup == 1 ? kLanes / 2 : kLanes / kGroup;  // at most 8: as many streams the hardware sees
+  for (int64_t c = 0; c < cols; c += kColumns) {
+    const W *weight[kColumns], *next[kColumns];  // the rows of this group, and of the one after it
+    for (int j = 0; j < kColumns; ++j) {
       weight[j] = w.at(col + smaller(c + j, cols - 1), 0);
-      next[j] = w.at(col + smaller(c + kGroupColumns + j, cols - 1), 0);
+      next[j] = w.at(col + smaller(c + kColumns + j, cols - 1), 0);
     }
-    for (int64_t r = 0; r < x.rows(); r += kGroupRows) {
+    for (int64_t r = 0; r < x.rows(); r += kGroup) {
       Vec acc[kLanes] = {};
       for_lanes(k, [&](int64_t i, int lanes) {
-        Vec column[kGroupColumns];
+        Vec row[kGroup];
 #pragma GCC unroll 4
-        for (int j = 0; j < kGroupColumns; ++j) {
-          column[j] = load_lanes(weight[j] + i, lanes);
+        for (int g = 0; g < kGroup; ++g) row[g] = load(x.row(r + g) + i);
+#pragma GCC unroll 8
+        for (int j = 0; j < kColumns; ++j) {
+          const Vec column = load_lanes(weight[j] + i, lanes);
           if (r == 0) __builtin_prefetch(next[j] + i);
-        }
 #pragma GCC unroll 4
-        for (int g = 0; g < kGroupRows; ++g) {
-          const Vec row = load(x.row(r + g) + i);
-#pragma GCC unroll 4
-          for (int j = 0; j < kGroupColumns; ++j)
-            acc[g * kGroupColumns + j] = fma(row, column[j], acc[g * kGroupColumns + j]);
+          for (int g = 0; g < kGroup; ++g) acc[g * kColumns + j] = fma(row[g], column, acc[g * kColumns + j]);
         }
       });
       transpose_units(acc);
@@ -84,10 +87,17 @@ void multiply_few_rows(const FewRows& x, const MatrixView<W>& w, int64_t col, in
         for (int i = 0; i < step; ++i) acc[i] += acc[i + step];
       float group[kLanes];
       store(group, acc[0]);
-      for (int g = 0; g < kGroupRows; ++g)
-        __builtin_memcpy(sums + (r + g) * Tile::stride + c, group + g * kGroupColumns, kGroupColumns * 4);
+      for (int g = 0; g < kGroup; ++g)
+        __builtin_memcpy(sums + (r + g) * Tile::stride + c, group + g * kColumns, kColumns * 4);
     }
   }
+}
+
+template <class W>
+void multiply_few_rows(const FewRows& x, const MatrixView<W>& w, int64_t col, int64_t cols, int64_t k, float* sums) {
+  if (x.group() == 1) return multiply_row_groups<1>(x, w, col, cols, k, sums);
+  if (x.group() == 2) return multiply_row_groups<2>(x, w, col, cols, k, sums);
+  multiply_row_groups<4>(x, w, col, cols, k, sums);
 }
 
 // x W^T tile by tile, as gemm() hands it to an epilogue.
@@ -261,26 +271,29 @@ inline void column_sums(const Threads& threads, const MatrixView<T>& g, int64_t 
   });
 }
 
-// dW = g^T x of few rows: every element is written once, straight from its sum, and nothing is packed.
+// dW = g^T x of few rows: every element is written once, straight from its sum, in one stream, and nothing is packed.
 template <class X, class W>
 inline void few_rows_wgrad(const Threads& threads, const MatrixView<X>& g, const MatrixView<X>& x, W* dw, int64_t m,
                            int64_t n, int64_t k) {
-  constexpr int kRowsAtOnce = 4;  // of dW
+  constexpr int64_t kColumns = 4 * kLanes;
   const FewRows rows(x, m, k);
   parallel_ranges(threads, n, row_grain(k), [&](int64_t begin, int64_t end, int) {
-    for (int64_t first = begin; first < end; first += kRowsAtOnce) {
-      float factor[kFewRows][kRowsAtOnce];
-      const int here = static_cast<int>(smaller(kRowsAtOnce, end - first));
-      for (int64_t r = 0; r < m; ++r)
-        for (int j = 0; j < kRowsAtOnce; ++j) factor[r][j] = j < here ? to_float(*g.at(r, first + j)) : 0.0f;
-      for_lanes(k, [&](int64_t c, int lanes) {
-        Vec total[kRowsAtOnce] = {};
-        for (int64_t r = 0; r < m; ++r) {
-          const Vec v = load(rows.row(r) + c);
+    for (int64_t row = begin; row < end; ++row) {
+      float factor[kFewRows];
+      for (int64_t r = 0; r < m; ++r) factor[r] = to_float(*g.at(r, row));
+      int64_t c = 0;
+      for (; c + kColumns <= k; c += kColumns) {
+        Vec total[4] = {};
+        for (int64_t r = 0; r < m; ++r)
 #pragma GCC unroll 4
-          for (int j = 0; j < kRowsAtOnce; ++j) total[j] = fma(broadcast(factor[r][j]), v, total[j]);
-        }
-        for (int j = 0; j < here; ++j) store_lanes(dw + (first + j) * k + c, total[j], lanes);
+          for (int v = 0; v < 4; ++v)
+            total[v] = fma(broadcast(factor[r]), load(rows.row(r) + c + v * kLanes), total[v]);
+        for (int v = 0; v < 4; ++v) store(dw + row * k + c + v * kLanes, total[v]);
+      }
+      for_lanes(k - c, [&](int64_t i, int lanes) {
+        Vec total{};
+        for (int64_t r = 0; r < m; ++r) total = fma(broadcast(factor[r]), load(rows.row(r) + c + i), total);
+        store_lanes(dw + row * k + c + i, total, lanes);
       });
     }
   });
