@@ -147,7 +147,7 @@ inline void norm_forward(const NormForwardArgs& args, const Threads& threads) {
   });
 }
 
-// grad_weight and grad_bias: this thread's own sums, which it starts from zero.
+// grad_weight and grad_bias: the sums over these rows.
 template <bool kCentered, class G, class S, bool kGradSum, bool kNarrow>
 BMF_FLATTEN inline void norm_backward_rows(const NormBackwardArgs& args, const float* weight, float* grad_weight,
                                            float* grad_bias, int64_t begin, int64_t end) {
@@ -186,10 +186,12 @@ BMF_FLATTEN inline void norm_backward_rows(const NormBackwardArgs& args, const f
   if (past) end_streams();
 }
 
+constexpr int64_t kSummedRows = 256;  // sums over more rows are sums of such sums, which round less
+
 template <bool kCentered>
 inline void norm_backward(const NormBackwardArgs& args, const Threads& threads) {
   const int64_t padded = (args.width + 15) / 16 * 16;  // whole cache lines: threads do not share one
-  const Scratch scratch((1 + 2 * threads.count) * padded * sizeof(float));
+  const Scratch scratch((1 + 4 * threads.count) * padded * sizeof(float));
   float *weight = scratch.at<float>(0), *partial = weight + padded;
   load_parameters(args.weight, 1, args.width, weight);
   int used = 0;
@@ -197,12 +199,16 @@ inline void norm_backward(const NormBackwardArgs& args, const Threads& threads) 
     with_type(args.sum.dtype, [&](auto s) {
       with_bool(args.grad_sum.data != nullptr, [&](auto grad_sum) {
         with_bool(args.grad_narrow.data != nullptr, [&](auto narrow) {
-          used =
-              parallel_ranges(threads, args.rows, row_grain(args.width), [&](int64_t begin, int64_t end, int thread) {
-                float* mine = partial + 2 * thread * padded;
-                norm_backward_rows<kCentered, decltype(grad_y), decltype(s), grad_sum.value, narrow.value>(
-                    args, weight, mine, mine + padded, begin, end);
-              });
+          const auto rows = [&](int64_t begin, int64_t end, int thread) {
+            float *sums = partial + 4 * thread * padded, *few = sums + 2 * padded;
+            for (int64_t i = 0; i < 4 * padded; ++i) sums[i] = 0;
+            for (int64_t row = begin; row < end; row += kSummedRows) {
+              norm_backward_rows<kCentered, decltype(grad_y), decltype(s), grad_sum.value, narrow.value>(
+                  args, weight, few, few + padded, row, row + kSummedRows < end ? row + kSummedRows : end);
+              for (int64_t i = 0; i < (kCentered ? 2 : 1) * padded; ++i) sums[i] += few[i];
+            }
+          };
+          used = parallel_ranges(threads, args.rows, row_grain(args.width), rows);
         });
       });
     });
@@ -210,7 +216,7 @@ inline void norm_backward(const NormBackwardArgs& args, const Threads& threads) 
   const auto reduce = [&](const float* parts, float* out) {  // in the order of threads: the same bits every time
     for_lanes(args.width, [&](int64_t i, int lanes) {
       Vec v = {};
-      for (int t = 0; t < used; ++t) v += load_lanes(parts + 2 * t * padded + i, lanes);
+      for (int t = 0; t < used; ++t) v += load_lanes(parts + 4 * t * padded + i, lanes);
       store_lanes(out + i, v, lanes);
     });
   };
