@@ -167,7 +167,7 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, **options
     query may also hold the first token of each sequence alone, [1, H, B, D].
     """
     dtype = query.dtype
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key.to(dtype), value.to(dtype)))
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key.to(dtype), value.to(dtype)))
     grouped = query.shape[1] != key.shape[1]
     first_only = len(q) != len(k)
     begins = torch.arange(len(bounds), device=bounds.device) if first_only else bounds

@@ -99,7 +99,8 @@ class FastEmbedding(Fast):
         out = ops.embedding(token, self.weight)
         if self.padding_idx is not None and out.requires_grad:
             padding = (token == self.padding_idx).unsqueeze(-1)
-            out.register_hook(lambda grad: grad.masked_fill(padding, 0))
+            if not padding.is_cpu or torch.compiler.is_compiling() or padding.any():  # elsewhere one would wait
+                out.register_hook(lambda grad: grad.masked_fill(padding, 0))
         return out
 
 

@@ -31,7 +31,7 @@ class _Take(torch.autograd.Function):
 
 def put_rows(x: Tensor, rows: Tensor, count: int) -> Tensor:
     """[count, W] whose `rows` are those of x, the others 0."""
-    return x.new_zeros(count, x.shape[1]).index_copy(0, rows, x)
+    return x.new_zeros(count, x.shape[1]).index_copy_(0, rows, x)
 
 
 def make_mask(present: Tensor) -> Tensor:
@@ -57,10 +57,10 @@ def positions(mask: Tensor) -> Tensor:
 def first_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     """The first token of each sequence: [B, 1, W] of [B, S, W]; [1, B, W] of a packed [1, T, W]."""
     bounds = boundaries(mask)
-    return x[:, :1] if bounds is None else apply(_Take, x[0], bounds[:-1])[None]
+    return x[:, :1] if bounds is None else apply(_Take, x.squeeze(0), bounds[:-1])[None]
 
 
 def pad(x: Tensor, mask: Tensor) -> Tensor:
     """A packed [1, T, W] to [B, S, W], 0 where padding is."""
     batch, length = mask.shape[-1] - 1, int(mask[0, 0, 1, 0])
-    return put_rows(x[0], positions(mask), batch * length).view(batch, length, -1)
+    return put_rows(x.squeeze(0), positions(mask), batch * length).view(batch, length, -1)

@@ -5,11 +5,10 @@ Shapes: B sequences, S tokens, H heads, D a head's width.
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops._heads import split_heads
+from ..ops._heads import project_heads
 from . import interface, packing, swap
 from .layers import Finish, within
 
@@ -26,18 +25,8 @@ def cached(kwargs: dict[str, Any]) -> bool:
 
 
 def project(x: Tensor, layers: list[Any], head_dim: int) -> tuple[Tensor, ...]:
-    """What dense layers make of x, as heads [B, H, S, D], by one product."""
-    weight, bias = layers[0].weight, layers[0].bias
-    if len(layers) > 1:
-        weight = torch.cat([layer.weight for layer in layers])
-        given = [layer.bias is not None for layer in layers]
-        bias = None
-        if any(given):
-            bias = torch.cat(
-                [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
-            )
-    heads = ops.linear(x, weight, bias).view(*x.shape[:2], -1, head_dim)
-    return split_heads(heads, [len(layer.weight) // head_dim for layer in layers])
+    """What dense layers make of x, as heads [B, H, S, D] of each."""
+    return project_heads(x, [layer.weight for layer in layers], [layer.bias for layer in layers], head_dim)
 
 
 def attend(

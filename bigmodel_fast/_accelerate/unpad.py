@@ -109,14 +109,24 @@ class FastEncoderModel(Fast):
         for kind in ("hidden_states", "attentions"):
             if kwargs.get(f"output_{kind}", getattr(self.config, f"output_{kind}", False)):
                 return f"output_{kind}=True asks for what padding makes"
-        watched = next((inner for inner, m in layers.named_modules() if interface.has_hooks(m)), None)
-        return None if watched is None else f"{name}.{watched} has hooks"
+        if not any(interface.has_hooks(m) for m in _modules(layers)):
+            return None
+        watched = next(inner for inner, m in layers.named_modules() if interface.has_hooks(m))
+        return f"{name}.{watched} has hooks"
 
     def _layers(self: Any) -> tuple[str, nn.Module | None]:
         """The module that holds the layers, if it takes packed batches, and its name."""
         name = "transformer" if "transformer" in self._modules else "encoder"
         module: nn.Module = self._modules[name]
         return name, module if isinstance(module, FastEncoder) else None
+
+
+def _modules(module: nn.Module) -> list[nn.Module]:
+    """A module and all below it; at each call of a model, so without names, which take most of modules()' time."""
+    found = [module]
+    for m in found:
+        found += [child for child in m._modules.values() if child is not None]
+    return found
 
 
 def _padded(input_ids: Any, attention_mask: Tensor | None, wait: bool) -> Tensor | None:

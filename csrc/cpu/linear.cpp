@@ -42,4 +42,53 @@ void linear_backward(const LinearBwdArgs& a, const Threads& threads) {
   });
 }
 
+namespace {
+
+template <class X>
+MatrixView<X> gradient_of(const LinearOfSeveral& layer) {
+  return {static_cast<const X*>(layer.dy), layer.dy_stride, 1};
+}
+
+// dx = sum of g_i W_i, with the operands of the layers before `i` in `products` already.
+template <class Mode, class X, class W>
+void linears_dgrad(const LinearsBwdArgs& a, const Threads& threads, int i, Product<Mode> (&products)[kMostLinears]) {
+  if (i < a.count) {
+    const LinearOfSeveral& layer = a.layers[i];
+    const MatrixView<W> weight{static_cast<const W*>(layer.weight), layer.weight_stride, 1};
+    const OperandA<Mode> rows(threads, gradient_of<X>(layer), a.m, layer.n);
+    const OperandB<Mode> panels = OperandB<Mode>::of_weights(threads, layer.n, a.k, weight);
+    products[i] = {&rows, &panels};
+    return linears_dgrad<Mode, X, W>(a, threads, i + 1, products);
+  }
+  with_type(a.dx_dtype, [&](auto type) {
+    using D = decltype(type);
+    gemm<Mode>(threads, a.m, products, a.count, 1, StoreTile<D>{static_cast<D*>(a.dx), a.k, a.k});
+  });
+}
+
+}  // namespace
+
+void linears_backward(const LinearsBwdArgs& a, const Threads& threads) {
+  with_dense_types(a.x_dtype, a.weight_dtype, [&](auto types) {
+    using Types = decltype(types);
+    using Mode = typename Types::Mode;
+    using X = typename Types::Input;
+    using W = typename Types::Weight;
+    if (a.dx) {
+      Product<Mode> products[kMostLinears];
+      linears_dgrad<Mode, X, W>(a, threads, 0, products);
+    }
+    bool any = false;
+    for (const LinearOfSeveral* layer = a.layers; layer < a.layers + a.count; ++layer) {
+      if (layer->dbias) column_sums(threads, gradient_of<X>(*layer), a.m, layer->n, layer->dbias);
+      any = any || layer->dweight;
+    }
+    if (!any) return;
+    const OperandB<Mode> x(threads, a.m, a.k, MatrixView<X>{static_cast<const X*>(a.x), a.x_stride, 1});
+    for (const LinearOfSeveral* layer = a.layers; layer < a.layers + a.count; ++layer)
+      if (layer->dweight)
+        dense_wgrad<Mode>(threads, gradient_of<X>(*layer), x, static_cast<W*>(layer->dweight), a.m, layer->n, a.k);
+  });
+}
+
 }  // namespace bmf::BMF_ISA

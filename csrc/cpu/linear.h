@@ -29,7 +29,28 @@ struct LinearBwdArgs {
   float* dbias;
 };
 
+// Backward of several layers of one x: dx is the sum over them. dy's rows may be apart.
+constexpr int kMostLinears = 4;
+
+struct LinearOfSeveral {
+  int64_t n, weight_stride, dy_stride;
+  const void *dy, *weight;
+  void* dweight;  // null where not wanted
+  float* dbias;
+};
+
+struct LinearsBwdArgs {
+  Dtype x_dtype, weight_dtype;
+  int64_t m, k, x_stride;
+  const void* x;
+  void* dx;  // null where not wanted
+  Dtype dx_dtype;
+  int count;  // kMostLinears at most
+  const LinearOfSeveral* layers;
+};
+
 }  // namespace bmf
 
 BMF_DECLARE_KERNEL(linear_forward, LinearFwdArgs)
 BMF_DECLARE_KERNEL(linear_backward, LinearBwdArgs)
+BMF_DECLARE_KERNEL(linears_backward, LinearsBwdArgs)

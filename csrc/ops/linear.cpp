@@ -59,6 +59,56 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dy, const Tensor& x,
   return {dx, dweight, dbias};
 }
 
+// y of each of several layers of one x, without activation.
+std::vector<Tensor> linears_fwd(const Tensor& x, const std::vector<Tensor>& weights,
+                                const std::vector<std::optional<Tensor>>& biases) {
+  std::vector<Tensor> out;
+  for (size_t i = 0; i < weights.size(); ++i)
+    out.push_back(std::get<0>(linear_fwd(x, weights[i], biases[i], "none", false, std::nullopt, std::nullopt, 0.0)));
+  return out;
+}
+
+// dx in the dtype asked for, then all weights' gradients, then all biases'; what `wants` (in this order) does not name
+// is empty.
+std::vector<Tensor> linears_bwd(const std::vector<Tensor>& dy, const Tensor& x, const std::vector<Tensor>& weights,
+                                ScalarType dx_dtype, const std::vector<bool>& wants) {
+  const int64_t m = x.size(0), k = x.size(1);
+  const size_t count = weights.size();
+  STD_TORCH_CHECK(count > 0 && count <= kMostLinears && dy.size() == count && wants.size() == 1 + 2 * count,
+                  "linears_bwd: a gradient for each of up to ", kMostLinears, " layers, and what is wanted");
+  std::vector<Tensor> out{empty({wants[0] ? m : 0, k}, dx_dtype, x)};
+  for (size_t i = 0; i < count; ++i)
+    out.push_back(empty({wants[1 + i] ? weights[i].size(0) : 0, k}, weights[i].scalar_type(), x));
+  for (size_t i = 0; i < count; ++i)
+    out.push_back(empty({wants[1 + count + i] ? weights[i].size(0) : 0}, ScalarType::Float, x));
+  std::vector<LinearOfSeveral> layers;
+  for (size_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(weights[i].scalar_type() == weights[0].scalar_type() && dy[i].scalar_type() == x.scalar_type() &&
+                        (dy[i].size(1) < 2 || dy[i].stride(1) == 1),
+                    "linears_bwd: weights must be of one dtype, gradients of x's with contiguous rows");
+    Tensor &dweight = out[1 + i], &dbias = out[1 + count + i];
+    layers.push_back({.n = weights[i].size(0),
+                      .weight_stride = weights[i].stride(0),
+                      .dy_stride = dy[i].stride(0),
+                      .dy = dy[i].const_data_ptr(),
+                      .weight = weights[i].const_data_ptr(),
+                      .dweight = wants[1 + i] ? dweight.mutable_data_ptr() : nullptr,
+                      .dbias = wants[1 + count + i] ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr});
+  }
+  linears_backward({.x_dtype = kernel_dtype(x, "linear", "x"),
+                    .weight_dtype = kernel_dtype(weights[0], "linear", "weight"),
+                    .m = m,
+                    .k = k,
+                    .x_stride = x.stride(0),
+                    .x = x.const_data_ptr(),
+                    .dx = wants[0] ? out[0].mutable_data_ptr() : nullptr,
+                    .dx_dtype = kernel_dtype(out[0], "linear", "dx"),
+                    .count = static_cast<int>(count),
+                    .layers = layers.data()},
+                   torch_threads());
+  return out;
+}
+
 }  // namespace
 }  // namespace bmf
 
@@ -69,8 +119,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_fast, m) {
   m.def(
       "linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor pre, str activation, bool[] wants) -> (Tensor dx, Tensor "
       "dweight, Tensor dbias)");
+  m.def("linears_fwd(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]");
+  m.def("linears_bwd(Tensor[] dy, Tensor x, Tensor[] weights, ScalarType dx_dtype, bool[] wants) -> Tensor[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(bigmodel_fast, CPU, m) {
   m.impl("linear_fwd", TORCH_BOX(&bmf::linear_fwd));
   m.impl("linear_bwd", TORCH_BOX(&bmf::linear_bwd));
+  m.impl("linears_fwd", TORCH_BOX(&bmf::linears_fwd));
+  m.impl("linears_bwd", TORCH_BOX(&bmf::linears_bwd));
 }
