@@ -6,8 +6,6 @@
 namespace bmf::BMF_ISA {
 namespace {
 
-// A gradient of this size is written past the caches, which saves reading each line before: most of its rows are zeros.
-constexpr int64_t kPastCaches = int64_t{24} << 20;
 constexpr int64_t kAhead = 4;  // rows asked for before they are copied: they follow no order that hardware would see
 
 }  // namespace
@@ -52,9 +50,7 @@ void embedding_backward(const EmbeddingGradArgs& args, const Threads& threads) {
       using G = decltype(grad_type);
       const G* grad = static_cast<const G*>(args.grad_out.data);
       W* out = static_cast<W*>(args.grad_weight);
-      constexpr int64_t kSize = sizeof(W);
-      const bool past = args.classes * args.width * kSize >= kPastCaches && args.width % kLanes == 0 &&
-                        reinterpret_cast<uintptr_t>(out) % (kLanes * kSize) == 0;
+      const bool past = past_caches(out, args.classes, args.width * sizeof(W), args.width * sizeof(W));
       parallel_tasks(threads, class_blocks * column_blocks, [&](int64_t task, int) {
         const int64_t from = task % column_blocks * kColumns, from_class = task / column_blocks * kClasses;
         const int64_t columns = args.width - from < kColumns ? args.width - from : kColumns;
@@ -63,11 +59,7 @@ void embedding_backward(const EmbeddingGradArgs& args, const Threads& threads) {
             Vec total{};
             for (int64_t i = first[v]; i < first[v + 1]; ++i)
               total += load_lanes(grad + position[i] * args.grad_out.stride + from + c, lanes);
-            W* at = out + v * args.width + from + c;
-            if (past)
-              stream(at, total);
-            else
-              store_lanes(at, total, lanes);
+            store_lanes(out + v * args.width + from + c, total, lanes, past);
           });
         if (past) end_streams();
       });
