@@ -13,6 +13,8 @@ from ..ops._heads import split_heads
 from . import interface, packing, swap
 from .layers import Finish, within
 
+_FEW = 16  # tokens (of a decoding step): putting the weights into one would take longer than their products
+
 
 def linears(module: Any, names: tuple[str, ...]) -> str | None:
     """Why the work of a module's dense layers cannot be done by it."""
@@ -26,7 +28,9 @@ def cached(kwargs: dict[str, Any]) -> bool:
 
 
 def project(x: Tensor, layers: list[Any], head_dim: int) -> tuple[Tensor, ...]:
-    """What dense layers make of x, as heads [B, H, S, D], by one product."""
+    """What dense layers make of x, as heads [B, H, S, D], by one product; by one each for a few tokens."""
+    if len(layers) > 1 and x.shape[:2].numel() <= _FEW:
+        return tuple(part for layer in layers for part in project(x, [layer], head_dim))
     weight, bias = layers[0].weight, layers[0].bias
     if len(layers) > 1:
         weight = torch.cat([layer.weight for layer in layers])
