@@ -11,6 +11,7 @@ from accelerated import DTYPES, assert_same_model, kinds, weighed
 from torch import Tensor, nn
 
 import bigmodel_fast as bmf
+from bigmodel_fast import ops
 
 transformers = pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed")
 
@@ -55,6 +56,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     ),
 }
 
+LLAMAS = ("llama", "qwen2", "qwen3", "mistral", "gemma2")
 ENCODERS = ("electra", "distilbert")  # written as BERT is
 
 
@@ -240,13 +242,54 @@ def test_logits_are_there_outside_of_training() -> None:
     assert model(TOKENS, labels=LABELS).logits is not None
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma2"])
-def test_generation_with_a_cache(family: str) -> None:
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", ["gpt2", *LLAMAS])
+def test_generation_with_a_cache(family: str, cache: str) -> None:
     model = make(family).eval()
     fast = copy.deepcopy(model)
     bmf.accelerate(fast)
-    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": LEFT}
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": LEFT, "cache_implementation": cache}
     assert torch.equal(fast.generate(TOKENS, **options), model.generate(TOKENS, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", LLAMAS)
+def test_a_cache_holds_what_the_stock_model_puts_there(family: str, dtype: str) -> None:
+    """Tokens given at once, then one by one: by one product for queries, keys and values, then by three."""
+    model = make(family).eval()
+    fast = copy.deepcopy(model)
+    bmf.accelerate(fast)
+    bmf.explain(reset=True)
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == "fp32" else {"rtol": 0.05, "atol": 0.05}
+    caches = [None, None]
+    for tokens in TOKENS.split([S - 4, 1, 1, 1, 1], dim=1):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+            made, stock = (m(tokens, cache=c, use_cache=True) for m, c in zip((fast, model), caches, strict=True))
+        caches = [made.cache, stock.cache]
+        torch.testing.assert_close(made.logits, stock.logits, **close)
+    for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
+        torch.testing.assert_close((ours.keys, ours.values), (theirs.keys, theirs.values), **close)
+    assert not [c.op for c in bmf.explain().calls if c.op.startswith("accelerate")]
+
+
+@pytest.mark.parametrize("family", LLAMAS)
+def test_training_makes_one_product_of_queries_keys_and_values(family: str, monkeypatch) -> None:
+    """Also with the cache that transformers makes in training unless it is told not to."""
+    rows, linear = [], ops.linear
+
+    def watching(x: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
+        rows.append(len(weight))
+        return linear(x, weight, *args, **options)
+
+    monkeypatch.setattr(ops, "linear", watching)
+    model = make(family).train()
+    bmf.accelerate(model)
+    for use_cache in (None, True, False):
+        rows.clear()
+        out = model(TOKENS, labels=LABELS, use_cache=use_cache)
+        assert (out.cache is None) == (use_cache is False)
+        assert rows.count(64) == 2  # 4 + 2 + 2 heads of 8, in each layer
+        assert 16 not in rows
 
 
 def test_attention_weights_come_from_the_original() -> None:

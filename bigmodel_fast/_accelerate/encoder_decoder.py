@@ -1,4 +1,7 @@
-"""Encoder-decoder models: layers whose MLP is written out in their forward (BART's, Whisper's), and the loss."""
+"""Encoder-decoder models: layers whose MLP is written out in their forward (BART's, Whisper's), padding, the loss.
+
+Cross attention is given the encoder's mask, so no model reads what its encoder makes of padding.
+"""
 
 import inspect
 from typing import Any
@@ -6,18 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import interface, probe, swap
+from . import interface, packing, probe, swap
 from .hugging_face import FastLanguageModel
 from .layers import FastEmbedding, Finish, dense_mlp
 from .projections import finished, linears
 from .swap import Fast, plan
+from .unpad import READS, FastStack
 
 _DENSE = ("fc1", "fc2")
 _ATTENTIONS = ("self_attn", "encoder_attn")
 _CHILDREN = {"self_attn", "self_attn_layer_norm", *_DENSE, "final_layer_norm"}
 _CROSS = {"encoder_attn", "encoder_attn_layer_norm"}
 _DROPOUTS = ("dropout", "activation_dropout")
+_READ = ("input_ids", "attention_mask")
+_UNUSUAL = ("encoder_outputs", "inputs_embeds", "output_attentions", "output_hidden_states")
 _MEMORY = ("encoder_hidden_states", "encoder_attention_mask", "cache", "use_cache")
+# Whose encoder's forward is BART's: embeddings, layers that take the mask, and at most a norm.
+PREFIXES = ("Bart", "MBart", "Marian", "Pegasus", "PLBart", "Blenderbot", "BlenderbotSmall", "M2M100")
 MODELS = ("BartForConditionalGeneration", "T5ForConditionalGeneration", "WhisperForConditionalGeneration")
 
 
@@ -46,11 +54,12 @@ class FastLayer(Fast):
         return "a forward of its own" if norm_first is None else {**how, "norm_first": norm_first}
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        how = plan(self)
+        given = {**dict(zip(how["named"], args, strict=False)), **kwargs}
+        hidden_states = packing.pack(hidden_states, given.get("attention_mask"))  # embeddings were made with padding
         reason = "float16" if hidden_states.dtype is torch.float16 else _reason(self)
         if not swap.note(self, reason):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        how = plan(self)
-        given = {**dict(zip(how["named"], args, strict=False)), **kwargs}
         mask = given.pop("attention_mask", None)
         p, inner = (getattr(self, name) if self.training else 0.0 for name in _DROPOUTS)
 
@@ -108,6 +117,56 @@ def _computes_this(module: nn.Module, how: dict[str, Any]) -> bool:
     return True
 
 
+class FastEncoder(FastStack):
+    """Packs a batch, where padding is known not to be read (or unpad=True was asked for), and pads at the end."""
+
+    @classmethod
+    def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
+        return {} if interface.is_class(module, tuple(f"{prefix}Encoder" for prefix in PREFIXES)) else None
+
+    def _pack(self: Any, present: Tensor, input_ids: Any, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        return {"input_ids": input_ids}  # positions are counted within its forward: the first layer packs
+
+    def _layers(self: Any) -> tuple[str, nn.Module | None]:
+        return "layers", self.layers if all(isinstance(layer, FastLayer) for layer in self.layers) else None
+
+
+class FastEncoderDecoder(Fast):
+    """Its encoder makes nothing of padding, which is not read."""
+
+    area = "unpad"
+
+    @classmethod
+    def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
+        known = interface.is_class(module, tuple(f"{prefix}Model" for prefix in (*PREFIXES, "T5")))
+        return {"named": _named(module)} if known else None
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **_encoded(self, args, kwargs))  # type: ignore[misc]
+
+
+def _named(module: nn.Module) -> set[str]:
+    return set(inspect.signature(swap.original_class(module).forward).parameters)
+
+
+def _encoded(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """kwargs of a model's forward, with its encoder's output, which has nothing for padding, if one can be had."""
+    encoder: Any = model._modules.get("encoder")
+    unpads = isinstance(encoder, FastStack)
+    given = {**dict(zip(_READ, args, strict=False)), **kwargs}
+    usual = given.get("input_ids") is not None and not any(given.get(name) is not None for name in _UNUSUAL)
+    if not unpads or not usual or len(args) > 2 or torch.compiler.is_compiling():
+        return kwargs
+    others = {n: value for n, value in given.items() if n not in plan(model)["named"] and n != "return_dict"}
+    memory = encoder(**{name: given.get(name) for name in _READ}, **others, **{READS: "tokens"})
+    if not isinstance(memory, tuple):  # T5's is of a class that its own model takes for a tuple
+        from transformers.modeling_outputs import BaseModelOutput
+
+        kept = ("last_hidden_state", "hidden_states", "attentions")
+        memory = BaseModelOutput(**{name: memory.get(name) for name in kept})
+    return {**kwargs, "encoder_outputs": memory}
+
+
 class FastModel(FastLanguageModel):
     """While training, output layer and loss in one operator; `logits` of its output is then None."""
 
@@ -117,10 +176,11 @@ class FastModel(FastLanguageModel):
             return None
         head: Any = module.get_output_embeddings()  # type: ignore[operator]
         reason = swap.first_not_plain(module, (("the output layer", head, nn.Linear.forward),))
-        return reason or {"causal": False, "counts": False}
+        return reason or {"causal": False, "counts": False, "named": _named(module)}
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """What the decoder reads is made of the labels here: the model's own forward will see none."""
+        kwargs = _encoded(self, args, kwargs)
         labels = kwargs.get("labels")
         most = getattr(self, "max_target_positions", None)  # Whisper's
         if labels is None or len(args) > 2 or (most is not None and labels.shape[1] > most):
@@ -160,4 +220,4 @@ class FastScaledEmbedding(FastEmbedding):
         return rows if self.embed_scale == 1.0 else rows * self.embed_scale
 
 
-RECIPES = (FastModel, FastLayer, FastScaledEmbedding)
+RECIPES = (FastModel, FastEncoderDecoder, FastEncoder, FastLayer, FastScaledEmbedding)

@@ -1,5 +1,6 @@
 """Recipes for models of transformers: BERT's and Llama's attention, BERT's layers, the loss of language models."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +34,7 @@ LLAMA_ATTENTIONS = (
     "GemmaAttention",
     "Gemma2Attention",
 )
+_LLAMA_DENSE = ("q_proj", "k_proj", "v_proj", "o_proj")
 CAUSAL_MODELS = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
@@ -89,7 +91,9 @@ class FastLlamaAttention(Fast):
         rotate = getattr(sys.modules[swap.original_class(module).__module__], "apply_rotary_pos_emb", None)
         if not rotates_halves(rotate):
             return "its rotary function is not the one that is known"
-        return linears(module, ("q_proj", "k_proj", "v_proj", "o_proj")) or {}
+        if reason := linears(module, _LLAMA_DENSE):
+            return reason
+        return {"caches": "cache" in inspect.signature(swap.original_class(module).forward).parameters}
 
     def forward(
         self: Any,
@@ -99,16 +103,22 @@ class FastLlamaAttention(Fast):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        reason = linears(self, ("q_proj", "k_proj", "v_proj", "o_proj"))
+        reason = linears(self, _LLAMA_DENSE)
         if position_embeddings is None or position_embeddings[0].shape[-1] != self.head_dim:
             reason = "positions for a part of each head"
-        usual = interface.enabled(self) and not cached(kwargs) and not any(a is not None for a in args)
+        usual = interface.enabled(self) and not any(a is not None for a in args)
+        if cached(kwargs):
+            usual = usual and plan(self)["caches"] and kwargs.get("past_key_values") is None
         if not usual or not swap.note(self, reason):
             return super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)  # type: ignore[misc]
         q, k, v = project(hidden_states, [self.q_proj, self.k_proj, self.v_proj], self.head_dim)
         if "q_norm" in self._modules:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = ops.rotary(q, k, *position_embeddings)
+        cache = kwargs.pop("cache", None)
+        if cache is not None:
+            k = k.to(torch.promote_types(k.dtype, position_embeddings[0].dtype))  # as autocast makes it of the model's
+            k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
         softcap = getattr(self, "attn_logit_softcapping", None)
         y, weights = interface.attention_forward(
             self,

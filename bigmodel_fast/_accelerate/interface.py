@@ -136,6 +136,10 @@ def attention_forward(
     if bounds is not None:  # of an encoder: windows reach to both sides
         window = None if sliding_window is None else sliding_window - 1
         options = {"dropout_p": dropout, "scale": scaling, "softcap": softcap, "window": window}
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+        key, value = key.to(query.dtype), value.to(query.dtype)
+        if position_bias is not None:
+            return _packed_biased(query, key, value, attention_mask, position_bias, **options), None
         return _packed(query, key, value, bounds, **options), None
     if causal and key.shape[2] > query.shape[2]:  # a cache with room behind what it holds
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
@@ -166,15 +170,21 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, **options
 
     query may also hold the first token of each sequence alone, [1, H, B, D].
     """
-    dtype = query.dtype
-    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key.to(dtype), value.to(dtype)))
-    grouped = query.shape[1] != key.shape[1]
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
     first_only = len(q) != len(k)
     begins = torch.arange(len(bounds), device=bounds.device) if first_only else bounds
     longest = int(bounds.diff().max()) if query.is_cuda else None
-    return ops.attention_varlen(
-        q, k, v, begins, bounds, 1 if first_only else longest, longest, enable_gqa=grouped, **options
-    )[None]
+    return ops.attention_varlen(q, k, v, begins, bounds, 1 if first_only else longest, longest, **options)[None]
+
+
+def _packed_biased(
+    query: Tensor, key: Tensor, value: Tensor, mask: Any, position_bias: Tensor, **options: Any
+) -> Tensor:
+    """The same with a bias [1, H, S, S] by position in a sequence, for which sequences are padded."""
+    q, k, v = (packing.pad(t.transpose(1, 2), mask).transpose(1, 2) for t in (query, key, value))
+    lengths = packing.boundaries(mask).diff()  # type: ignore[union-attr]
+    y = ops.attention(q, k, v, attn_mask=position_bias, key_lengths=lengths, **options)
+    return packing.pack(y.transpose(1, 2), mask)
 
 
 def attention_mask(

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops._activation import activate
 from ..ops._heads import split_heads
-from . import interface, packing, probe, swap
+from . import interface, probe, swap
 from .hugging_face import rotates_halves
 from .layers import Finish, within
 from .projections import finished, finished_linear, linears
 from .swap import Fast, plan
-from .unpad import FastEncoderModel
+from .unpad import FastStack
 
 
 def _dropout_reason(module: Any, names: tuple[str, str], dropout: str) -> str | None:
@@ -115,7 +115,7 @@ class FastLayer(Fast):
         return finished(self.mlp, Finish(y), self.mlp_norm(y))
 
 
-class FastModel(FastEncoderModel):
+class FastModel(FastStack):
     """Packs a batch, where the head is known to ignore padding (or unpad=True was asked for), and pads at the end."""
 
     @classmethod
@@ -124,15 +124,6 @@ class FastModel(FastEncoderModel):
 
     def _layers(self: Any) -> tuple[str, nn.Module | None]:
         return "layers", self.layers
-
-    def _run(self: Any, reads: str, mask: Tensor | None, **kwargs: Any) -> Any:
-        outputs = super(FastEncoderModel, self).forward(**kwargs)  # type: ignore[misc]
-        if mask is None:
-            return outputs
-        if isinstance(outputs, tuple):
-            return packing.pad(outputs[0], mask), *outputs[1:]
-        outputs["last_hidden_state"] = packing.pad(outputs["last_hidden_state"], mask)
-        return outputs
 
 
 RECIPES = (FastAttention, FastMLP, FastLayer, FastModel)

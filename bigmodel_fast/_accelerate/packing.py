@@ -11,7 +11,7 @@ from ..ops._autograd import apply
 
 
 class _Take(torch.autograd.Function):
-    """Rows of [n, W], none of them twice."""
+    """Rows of [n, ...], none of them twice."""
 
     @staticmethod
     def forward(x, rows):
@@ -30,8 +30,8 @@ class _Take(torch.autograd.Function):
 
 
 def put_rows(x: Tensor, rows: Tensor, count: int) -> Tensor:
-    """[count, W] whose `rows` are those of x, the others 0."""
-    return x.new_zeros(count, x.shape[1]).index_copy_(0, rows, x)
+    """[count, ...] whose `rows` are those of x, the others 0."""
+    return x.new_zeros(count, *x.shape[1:]).index_copy_(0, rows, x)
 
 
 def make_mask(present: Tensor) -> Tensor:
@@ -47,6 +47,11 @@ def boundaries(mask: Tensor | None) -> Tensor | None:
     return mask[0, 0, 0] if mask is not None and mask.dtype is torch.int64 else None
 
 
+def padded_shape(mask: Tensor) -> tuple[int, int]:
+    """(B, S) of a packed batch."""
+    return mask.shape[-1] - 1, int(mask[0, 0, 1, 0])
+
+
 def positions(mask: Tensor) -> Tensor:
     """[T], where packed tokens stand in [B * S]; padding on the right."""
     bounds, length = mask[0, 0, 0], mask[0, 0, 1, 0]
@@ -60,7 +65,14 @@ def first_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     return x[:, :1] if bounds is None else apply(_Take, x.squeeze(0), bounds[:-1])[None]
 
 
+def pack(x: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, S, ...] to [1, T, ...], if this is a packed batch's mask; what is packed already stays."""
+    if mask is None or boundaries(mask) is None or x.shape[:2] != padded_shape(mask):
+        return x
+    return apply(_Take, x.flatten(0, 1), positions(mask))[None]
+
+
 def pad(x: Tensor, mask: Tensor) -> Tensor:
-    """A packed [1, T, W] to [B, S, W], 0 where padding is."""
-    batch, length = mask.shape[-1] - 1, int(mask[0, 0, 1, 0])
-    return put_rows(x.squeeze(0), positions(mask), batch * length).view(batch, length, -1)
+    """A packed [1, T, ...] to [B, S, ...], 0 where padding is."""
+    batch, length = padded_shape(mask)
+    return put_rows(x.squeeze(0), positions(mask), batch * length).view(batch, length, *x.shape[2:])

@@ -4,11 +4,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import interface, swap
+from . import interface, packing, swap
 from .layers import Finish
 from .projected import is_empty, keep
 from .projections import finished, finished_linear, linears, project
 from .swap import Fast
+from .unpad import FastStack
 
 _PROJECTIONS = ("q", "k", "v", "o")
 _ATTENTIONS = {"T5LayerSelfAttention": "SelfAttention", "T5LayerCrossAttention": "EncDecAttention"}
@@ -74,11 +75,15 @@ class FastAttentionLayer(Fast):
         return (_dropout_reason(module) or {}) if interface.is_class(module, tuple(_ATTENTIONS)) else None
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        attention: Any = self._modules[_ATTENTIONS[swap.original_class(self).__name__]]
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("position_bias") is None and packing.boundaries(mask) is not None:  # by position in a sequence
+            _, length = packing.padded_shape(mask)  # type: ignore[arg-type]
+            kwargs["position_bias"] = attention.compute_bias(length, length, device=hidden_states.device)
         if args or not swap.note(self, _dropout_reason(self)):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        attention = self._modules[_ATTENTIONS[swap.original_class(self).__name__]]
         finish = Finish(hidden_states, swap.active_dropout(self.dropout))
-        mask = kwargs.pop("attention_mask", None)
+        kwargs.pop("attention_mask", None)
         return finished(attention, finish, self.layer_norm(hidden_states), mask=mask, **kwargs)
 
 
@@ -98,4 +103,20 @@ class FastMLPLayer(Fast):
         return finished(self.DenseReluDense, finish, self.layer_norm(hidden_states))
 
 
-RECIPES = (FastAttention, FastAttentionLayer, FastMLPLayer)
+class FastEncoder(FastStack):
+    """Packs a batch, where padding is known not to be read (or unpad=True was asked for); attention alone is padded."""
+
+    @classmethod
+    def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
+        encodes = interface.is_class(module, ("T5Stack",)) and not module.is_decoder
+        return {} if encodes else None
+
+    def _pack(self: Any, present: Tensor, input_ids: Any, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        return {"input_ids": input_ids[present][None]}
+
+    def _layers(self: Any) -> tuple[str, nn.Module | None]:
+        first = self.block[0].layer[0]  # which makes the bias that all share
+        return "block", self.block if isinstance(first, FastAttentionLayer) else None
+
+
+RECIPES = (FastAttention, FastAttentionLayer, FastMLPLayer, FastEncoder)

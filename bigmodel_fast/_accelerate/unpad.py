@@ -83,15 +83,18 @@ class FastEncoderModel(Fast):
         present = _padded(input_ids, attention_mask, always)
         if present is None:
             return self._run(reads, None, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        positions = kwargs.pop("position_ids", None)
+        packed, mask = self._pack(present, input_ids, kwargs), packing.make_mask(present)
+        return self._run(reads, mask, **{**kwargs, **packed, "attention_mask": mask})
+
+    def _pack(self: Any, present: Tensor, input_ids: Any, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """The arguments that say something of each token, of those that are no padding."""
+        positions = kwargs.get("position_ids")
         given = {
             "input_ids": input_ids,
             "position_ids": _positions_of(self.embeddings, input_ids) if positions is None else positions,
-            "token_type_ids": kwargs.pop("token_type_ids", None),
+            "token_type_ids": kwargs.get("token_type_ids"),
         }
-        packed = {name: t.expand_as(present)[present][None] for name, t in given.items() if t is not None}
-        mask = packing.make_mask(present)
-        return self._run(reads, mask, attention_mask=mask, **packed, **kwargs)
+        return {name: t.expand_as(present)[present][None] for name, t in given.items() if t is not None}
 
     def _run(self: Any, reads: str, mask: Tensor | None, **kwargs: Any) -> Any:
         """The model's own forward, whose encoder pads. mask: that of a packed batch."""
@@ -119,6 +122,19 @@ class FastEncoderModel(Fast):
         name = "transformer" if "transformer" in self._modules else "encoder"
         module: nn.Module = self._modules[name]
         return name, module if isinstance(module, FastEncoder) else None
+
+
+class FastStack(FastEncoderModel):
+    """Packs a batch, where padding is known not to be read (or unpad=True was asked for), and pads at the end."""
+
+    def _run(self: Any, reads: str, mask: Tensor | None, **kwargs: Any) -> Any:
+        outputs = super(FastEncoderModel, self).forward(**kwargs)  # type: ignore[misc]
+        if mask is None:
+            return outputs
+        if isinstance(outputs, tuple):
+            return packing.pad(packing.pack(outputs[0], mask), mask), *outputs[1:]
+        outputs["last_hidden_state"] = packing.pad(packing.pack(outputs["last_hidden_state"], mask), mask)
+        return outputs
 
 
 def _modules(module: nn.Module) -> list[nn.Module]:

@@ -14,6 +14,7 @@ from ._autograd import apply
 from .linear import linear
 
 _MOST_LAYERS = 4  # csrc/cpu/linear.h
+_FEW = 16  # tokens (of a decoding step): putting the weights into one would take longer than their products
 
 
 class _SplitHeads(torch.autograd.Function):
@@ -109,6 +110,9 @@ def project_heads(
         reason = _dispatch.too_few("linear", narrow, narrow.numel() * sum(len(w) for w in weights))
     if alike and narrow.is_cpu and not torch.compiler.is_compiling() and _dispatch.use_native("linear", reason, narrow):
         return apply(_ProjectHeads, x, narrow, head_dim, *cast, *biases)
+    if len(weights) > 1 and x.shape[:2].numel() <= _FEW:
+        alone = zip(weights, biases, strict=True)
+        return tuple(part for w, b in alone for part in project_heads(x, [w], [b], head_dim))
     weight, bias = weights[0], biases[0]
     if len(weights) > 1:
         weight = torch.cat(list(weights))
