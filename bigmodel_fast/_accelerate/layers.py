@@ -99,6 +99,10 @@ class FastEmbedding(Fast):
         out = ops.embedding(token, self.weight)
         if self.padding_idx is not None and out.requires_grad:
             padding = (token == self.padding_idx).unsqueeze(-1)
+            if (
+                torch.compiler.is_compiling()
+            ):  # a hook there costs what the model writes to its attributes, and its loss
+                return torch.where(padding, out.detach(), out)
             out.register_hook(lambda grad: grad.masked_fill(padding, 0))
         return out
 
