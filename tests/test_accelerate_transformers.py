@@ -11,7 +11,7 @@ from accelerated import DTYPES, assert_same_model, kinds, weighed
 from torch import Tensor, nn
 
 import bigmodel_fast as bmf
-from bigmodel_fast import ops
+from bigmodel_fast._accelerate import projections
 
 transformers = pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed")
 
@@ -273,23 +273,22 @@ def test_a_cache_holds_what_the_stock_model_puts_there(family: str, dtype: str) 
 
 
 @pytest.mark.parametrize("family", LLAMAS)
-def test_training_makes_one_product_of_queries_keys_and_values(family: str, monkeypatch) -> None:
+def test_training_projects_queries_keys_and_values_at_once(family: str, monkeypatch) -> None:
     """Also with the cache that transformers makes in training unless it is told not to."""
-    rows, linear = [], ops.linear
+    rows, project_heads = [], projections.project_heads
 
-    def watching(x: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
-        rows.append(len(weight))
-        return linear(x, weight, *args, **options)
+    def watching(x: Tensor, weights: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
+        rows.append([len(weight) for weight in weights])
+        return project_heads(x, weights, *args)
 
-    monkeypatch.setattr(ops, "linear", watching)
+    monkeypatch.setattr(projections, "project_heads", watching)
     model = make(family).train()
     bmf.accelerate(model)
     for use_cache in (None, True, False):
         rows.clear()
         out = model(TOKENS, labels=LABELS, use_cache=use_cache)
         assert (out.cache is None) == (use_cache is False)
-        assert rows.count(64) == 2  # 4 + 2 + 2 heads of 8, in each layer
-        assert 16 not in rows
+        assert rows == [[32, 16, 16]] * 2  # 4, 2 and 2 heads of 8, in each layer
 
 
 def test_attention_weights_come_from_the_original() -> None:

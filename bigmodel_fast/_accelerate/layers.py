@@ -99,7 +99,9 @@ class FastEmbedding(Fast):
         out = ops.embedding(token, self.weight)
         if self.padding_idx is not None and out.requires_grad:
             padding = (token == self.padding_idx).unsqueeze(-1)
-            if not padding.is_cpu or torch.compiler.is_compiling() or padding.any():  # elsewhere one would wait
+            if torch.compiler.is_compiling():  # a hook in a graph loses what the model writes to its attributes
+                return torch.where(padding, out.detach(), out)
+            if not padding.is_cpu or padding.any():  # elsewhere one would wait for the answer
                 out.register_hook(lambda grad: grad.masked_fill(padding, 0))
         return out
 

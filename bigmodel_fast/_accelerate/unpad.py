@@ -51,9 +51,10 @@ class FastHead(Fast):
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         reads = plan(self)["reads"]
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         known = reads == "first" or (not args[1:] and _labels_known(kwargs))
-        asked = asked_by(self, reads) if known and not torch.compiler.is_compiling() else {}
-        return super().forward(*args, **kwargs, **asked)  # type: ignore[misc]
+        return super().forward(*args, **kwargs, **(asked_by(self, reads) if known else {}))  # type: ignore[misc]
 
 
 def _labels_known(kwargs: dict[str, Any]) -> bool:
