@@ -138,12 +138,18 @@ def test_compiles(loops) -> None:
     torch._dynamo.reset()
 
 
-def test_a_deep_model_is_accelerated_within_a_second() -> None:
+def test_a_deep_model_is_accelerated_in_the_time_of_a_few_steps() -> None:
     config = transformers.BertConfig(
         vocab_size=100, hidden_size=32, num_hidden_layers=24, num_attention_heads=2, intermediate_size=64
     )
     model = transformers.BertForMaskedLM(config)
-    start = time.perf_counter()
+    token = torch.randint(100, (8, 64))
+    times = []
+    for _ in range(2):  # the first is a warm-up
+        times.append(time.process_time())  # of this process: others may be at work
+        model(token).logits.sum().backward()
+    times.append(time.process_time())
     report = bmf.accelerate(model)
-    assert time.perf_counter() - start < 1.0
+    times.append(time.process_time())
+    assert times[3] - times[2] < 5 * (times[2] - times[1])  # 0.1 s of a small step's 0.13
     assert len(report.accelerated) > 24 * 8
