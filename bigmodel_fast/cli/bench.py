@@ -198,8 +198,8 @@ def _compare(argv: list[str]) -> int:
 def _plan(argv: list[str]) -> int:
     parser = _Parser(
         f"{PROG} plan",
-        description="Predicts memory and time of six training steps on this CPU as `bigmodel-fast plan` does, and "
-        "measures them, in a minute or two. Exits 1 if memory is off by more than 15%, or time by more than 25%.",
+        description="Predicts memory and time of twelve training steps on this CPU as `bigmodel-fast plan` does, and "
+        "measures them, in about two minutes. Exits 1 if memory is off by more than 15%, or time by more than 25%.",
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's)")
     arguments = parser.parse_args(argv)
