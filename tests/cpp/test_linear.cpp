@@ -12,6 +12,10 @@ struct Shape {
   int64_t m, n, k;
 };
 
+unsigned char* element(const Array& a, int64_t i) {
+  return static_cast<unsigned char*>(a.data()) + i * (a.dtype() == Dtype::float32 ? 4 : 2);
+}
+
 // Rows of x and weight are further apart than they are long, by an odd number of elements.
 void check(const Threads& threads, Shape s, Dtype x_dtype, Dtype weight_dtype, Activation activation) {
   const auto [m, n, k] = s;
@@ -56,6 +60,34 @@ void check(const Threads& threads, Shape s, Dtype x_dtype, Dtype weight_dtype, A
   CHECK_CLOSE(dbias, column_sums(g), x_dtype);
 }
 
+// Backward of several layers of one x: of a single one whose weight is cut between rows.
+void check_several(const Threads& threads, Shape s, Dtype x_dtype, Dtype weight_dtype) {
+  const auto [m, n, k] = s;
+  const int64_t widths[] = {n, 1, n / 2 + 2};
+  const int64_t total = widths[0] + widths[1] + widths[2], x_stride = k + 3, weight_stride = k + 1;
+  const Array x = Array::normal(x_dtype, extent(m, k, x_stride));
+  const Array weight = Array::normal(weight_dtype, extent(total, k, weight_stride), 0.3f);
+  const Array dy = Array::normal(x_dtype, m * total);
+  Array dx(Dtype::float32, m * k), dweight(weight_dtype, total * k), dbias(Dtype::float32, total);
+
+  bmf::LinearOfSeveral layers[3];
+  int64_t row = 0;
+  for (int i = 0; i < 3; row += widths[i++])
+    layers[i] = {widths[i],
+                 weight_stride,
+                 total,
+                 element(dy, row),
+                 element(weight, row * weight_stride),
+                 element(dweight, row * k),
+                 dbias.floats() + row};
+  bmf::linears_backward({x_dtype, weight_dtype, m, k, x_stride, x.data(), dx.data(), Dtype::float32, 3, layers},
+                        threads);
+  const Exact g(dy, m, total);
+  CHECK_CLOSE(dx, product(g, Exact(weight, total, k, weight_stride)), x_dtype);
+  CHECK_CLOSE(dweight, product(transposed(g), Exact(x, m, k, x_stride)), x_dtype);
+  CHECK_CLOSE(dbias, column_sums(g), x_dtype);
+}
+
 // Each activation over its whole range: the identity matrix of one element leaves nothing else to go wrong.
 void check_activations(const Threads& threads) {
   constexpr int64_t kPoints = 4001;
@@ -95,8 +127,10 @@ int main() {
   for_each_isa([&](const Threads& threads) {
     check_activations(threads);
     for (const auto& [x, weight] : kDtypes)
-      for (const Shape& shape : kShapes)
+      for (const Shape& shape : kShapes) {
         for (const Activation kind : {Activation::none, Activation::gelu}) check(threads, shape, x, weight, kind);
+        check_several(threads, shape, x, weight);
+      }
   });
   return result();
 }
