@@ -22,9 +22,8 @@ FAMILIES = (*ENCODERS, "t5", "bart", "vit", "clip", "whisper", "wav2vec2")
 def example(family: str) -> tuple[nn.Module, dict[str, Any]]:
     """A model of one layer, or as few as say something, and what it is called with."""
     if family in ENCODERS:
-        layers: dict[str, Any] = (
-            {"n_layers": 1} if family.startswith("Distil") else {"num_hidden_layers": 2}
-        )  # a window, and none
+        windowed = {"num_hidden_layers": 2}  # ModernBERT: a layer with a window, and one without
+        layers: dict[str, Any] = {"n_layers": 1} if family.startswith("Distil") else windowed
         return encoders.make(family, **layers), encoders.inputs(family)
     if family in ("t5", "bart"):
         layers = {"num_layers": 1} if family == "t5" else {"encoder_layers": 1, "decoder_layers": 1}
