@@ -133,3 +133,8 @@ def explained() -> set[tuple[str, str]]:
 
 def ops_used() -> set[str]:
     return {op for op, _ in explained()}
+
+
+def packs(ops: set[str]) -> bool:
+    """Whether a batch went without padding."""
+    return any(op.endswith("_varlen") for op in ops)

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from accelerated import assert_same_model, assert_same_training, explained, kinds, loss_of, ops_used, weighed
+from accelerated import assert_same_model, assert_same_training, explained, kinds, loss_of, ops_used, packs, weighed
 from torch import Tensor, nn
 
 import bigmodel_fast as bmf
 from bigmodel_fast import ops
+from bigmodel_fast._accelerate import post_norm
 from bigmodel_fast._accelerate.layers import Finish, within
+from bigmodel_fast.ops._encoder_layer import encoder_layer
 
 transformers = pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed")
 
@@ -74,7 +76,7 @@ def test_loss_and_gradients(name: str, padding: str) -> None:
     report, _ = assert_same_model(make(name), loss_of(**inputs(name, padding)), "fp32")
     assert KINDS[name.partition("For")[0]] <= kinds(report)
     used = ops_used()
-    assert ("attention_varlen" in used) == (padding == "right")
+    assert packs(used) == (padding == "right")
     assert not [op for op in used if op.startswith("accelerate")]
 
 
@@ -113,7 +115,7 @@ def test_outputs(name: str, padding: str) -> None:
     for unpad in ("auto", True):
         bmf.explain(reset=True)
         assert_same_model(make(name).eval(), call, "fp32", unpad=unpad)
-        assert ("attention_varlen" in ops_used()) == (unpad is True and padding == "right")
+        assert packs(ops_used()) == (unpad is True and padding == "right")
 
 
 @pytest.mark.parametrize("name", ["DistilBertForMaskedLM", "ModernBertForMaskedLM"])
@@ -135,7 +137,12 @@ def test_padding_is_not_computed(family: str, padding: str, monkeypatch) -> None
         rows.append(x.shape[:-1].numel())
         return original(x, *args, **options)
 
+    def counting_layer(x: Tensor, *args: Any, **options: Any) -> Any:
+        rows.append(x.shape[:-1].numel())
+        return encoder_layer(x, *args, **options)
+
     monkeypatch.setattr(ops, mlp, counting)
+    monkeypatch.setattr(post_norm, "encoder_layer", counting_layer)
     name = f"{family}ForSequenceClassification"
     model = make(name)
     bmf.accelerate(model)
@@ -235,7 +242,7 @@ def test_what_is_asked_for_of_every_layer_has_its_padding(family: str, option: s
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert (f"accelerate: {family}Model", f"{option}=True asks for what padding makes") in explained()
     model(**inputs(name))  # transformers leaves its own hooks behind
-    assert "attention_varlen" in ops_used()
+    assert packs(ops_used())
 
 
 @pytest.mark.parametrize(("family", "inner", "dense"), [
@@ -273,7 +280,7 @@ def test_adapters_on_fused_layers(family: str, targets: list[str]) -> None:
     config = peft.LoraConfig(target_modules=targets, init_lora_weights=False, lora_dropout=0.0)
     bmf.explain(reset=True)
     assert_same_model(peft.get_peft_model(make(name), config), loss_of(**inputs(name)), "fp32")
-    assert "attention_varlen" in ops_used()
+    assert packs(ops_used())
 
 
 @pytest.mark.parametrize(("family", "layer"), [

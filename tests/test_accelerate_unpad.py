@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from accelerated import DTYPES, assert_same_model, explained, loss_of, ops_used
+from accelerated import DTYPES, assert_same_model, explained, loss_of, ops_used, packs
 from torch import Tensor, nn
 
 import bigmodel_fast as bmf
 from bigmodel_fast import ops
+from bigmodel_fast._accelerate import post_norm
+from bigmodel_fast.ops._encoder_layer import encoder_layer
 
 transformers = pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed")
 
@@ -66,7 +68,7 @@ def test_loss_and_gradients(name: str, padding: str) -> None:
     bmf.explain(reset=True)
     assert_same_model(make(name), loss_of(**inputs(name, padding)), "fp32")
     used = ops_used()
-    assert ("attention_varlen" in used) == (padding == "right")
+    assert packs(used) == (padding == "right")
     assert not [op for op in used if op.startswith("accelerate")]
 
 
@@ -80,18 +82,54 @@ def test_the_last_layer_computes_what_is_read(padding: str, dtype: str, monkeypa
         rows.append(x.shape[:-1].numel())
         return mlp(x, *args, **options)
 
+    def counting_layer(x: Tensor, *args: Any, **options: Any) -> Any:
+        rows.append(x.shape[:-1].numel())
+        return encoder_layer(x, *args, **options)
+
     monkeypatch.setattr(ops, "mlp", counting)
+    monkeypatch.setattr(post_norm, "encoder_layer", counting_layer)
     name = "BertForSequenceClassification"
     assert_same_model(make(name, num_hidden_layers=3), loss_of(**inputs(name, padding)), dtype)
     tokens = int(LENGTHS.sum()) if padding == "right" else B * S
     assert rows == [tokens, tokens, B]
 
 
+WATCHED = ("attention", "attention.self.query", "attention.output.LayerNorm", "intermediate.intermediate_act_fn")
+
+
+@pytest.mark.parametrize("part", [*WATCHED, "chunks", "no dropout module", "a norm left out"])
+def test_a_layer_is_one_function_unless_a_part_is_not_itself(part: str) -> None:
+    """Hooks are called; what is computed is the same."""
+    model, seen = make("BertForSequenceClassification", num_hidden_layers=3), []
+    layer = model.bert.encoder.layer[0]
+    if part == "chunks":
+        layer.chunk_size_feed_forward = 1
+    elif part == "no dropout module":
+        layer.output.dropout = nn.Identity()
+
+    def watched(m: nn.Module) -> nn.Module:
+        if part in WATCHED:
+            m.bert.encoder.layer[0].get_submodule(part).register_forward_hook(lambda *_: seen.append(part))
+        return m
+
+    bmf.explain(reset=True)
+    assert_same_model(
+        watched(model),
+        loss_of(**inputs("BertForSequenceClassification", "full")),
+        "fp32",
+        norm=part != "a norm left out",
+    )
+    layers = sum(c.count for c in bmf.explain().calls if c.op.startswith("encoder_layer"))
+    # Of the others the last one is where the model is not watched, and its last layer is asked for all tokens.
+    assert layers == (0 if part == "a norm left out" else 2 if part in WATCHED else 1)
+    assert len(seen) == (3 if part in WATCHED else 0)  # of the stock model in two dtypes, and of ours
+
+
 def test_without_unpadding() -> None:
     name = "BertForSequenceClassification"
     bmf.explain(reset=True)
     report, _ = assert_same_model(make(name), loss_of(**inputs(name)), "fp32", unpad=False)
-    assert "attention_varlen" not in ops_used()
+    assert not packs(ops_used())
     assert {row.kind for row in report.left} == {name, "BertModel", "BertEncoder", "BertAttention"}
     assert {row.why for row in report.left} == {"unpad=False"}
     bmf.accelerate(make(name), unpad=False, strict=True)
@@ -118,7 +156,7 @@ def test_heads_that_read_padding_get_it() -> None:
     stock = copy.deepcopy(model)(**inputs("BertModel")).last_hidden_state
     bmf.accelerate(model)
     torch.testing.assert_close(model(**inputs("BertModel")).last_hidden_state, stock, rtol=1e-4, atol=1e-4)
-    assert "attention_varlen" not in ops_used()
+    assert not packs(ops_used())
 
 
 def test_a_bare_model_is_unpadded_where_it_is_asked_for() -> None:
@@ -127,7 +165,7 @@ def test_a_bare_model_is_unpadded_where_it_is_asked_for() -> None:
     bmf.accelerate(model, unpad=True)
     bmf.explain(reset=True)
     found = model(**inputs("BertModel"))
-    assert "attention_varlen" in ops_used()
+    assert packs(ops_used())
     here = RIGHT.bool()
     torch.testing.assert_close(found.last_hidden_state[here], stock.last_hidden_state[here], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.pooler_output, stock.pooler_output, rtol=1e-4, atol=1e-4)
@@ -146,7 +184,7 @@ def test_what_is_asked_for_of_every_layer_has_its_padding(option: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert ("accelerate: BertModel", f"{option}=True asks for what padding makes") in explained()
     model(**inputs(name))  # transformers leaves its own hooks behind
-    assert "attention_varlen" in ops_used()
+    assert packs(ops_used())
 
 
 def test_hooks_see_what_they_saw() -> None:
@@ -161,7 +199,7 @@ def test_hooks_see_what_they_saw() -> None:
     assert ("accelerate: BertModel", "encoder.layer.1 has hooks") in explained()
     handle.remove()
     model(**inputs(name))
-    assert "attention_varlen" in ops_used()
+    assert packs(ops_used())
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -171,7 +209,7 @@ def test_activation_checkpointing(reentrant: bool) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     bmf.explain(reset=True)
     assert_same_model(model, loss_of(**inputs(name)), "fp32")
-    assert "attention_varlen" in ops_used()
+    assert packs(ops_used())
 
 
 def test_adapters() -> None:
@@ -182,7 +220,7 @@ def test_adapters() -> None:
     model = peft.get_peft_model(make(name), config)
     bmf.explain(reset=True)
     assert_same_model(model, loss_of(**inputs(name)), "fp32")
-    assert "attention_varlen" in ops_used()
+    assert packs(ops_used())
 
 
 def test_a_packed_mask_is_refused_by_other_attention() -> None:

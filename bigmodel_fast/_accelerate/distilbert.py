@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import interface, packing, swap
-from .layers import Finish
+from . import interface, packing, post_norm, swap
+from .layers import FastMLP, Finish
 from .projections import attend, finished, finished_linear, linears
-from .swap import Fast
+from .swap import Fast, plan
 from .unpad import FIRST, FastEncoder
 
 _PROJECTIONS = ("q_lin", "k_lin", "v_lin")
@@ -50,7 +50,7 @@ class FastAttention(Fast):
 
 
 class FastBlock(Fast):
-    """Residuals within the last product of attention and MLP."""
+    """Residuals within the last product of attention and MLP; or the whole layer in one."""
 
     area = "mlp"
 
@@ -59,10 +59,28 @@ class FastBlock(Fast):
         return {} if _is(module, "TransformerBlock") else None
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        y = None if (parts := self._parts()) is None else post_norm.run(parts, hidden_states, attention_mask, kwargs)
+        if y is not None:
+            return y
         asking = packing.first_tokens(hidden_states, attention_mask) if kwargs.get(FIRST) else hidden_states
         y, _ = finished(self.attention, Finish(asking), hidden_states, attention_mask=attention_mask, **kwargs)
         y = self.sa_layer_norm(y)
         return self.output_layer_norm(finished(self.ffn, Finish(y), y))
+
+    def _parts(self: Any) -> post_norm.Parts | None:
+        attention, mlp = self.attention, self.ffn
+        fast = all(isinstance(m, kind) for m, kind in ((attention, FastAttention), (mlp, FastMLP)))
+        if not fast or mlp.chunk_size_feed_forward:
+            return None
+        return post_norm.Parts(
+            attention=attention,
+            head_dim=attention.attention_head_size,
+            dense=(*(attention._modules[name] for name in _PROJECTIONS), attention.out_lin, mlp.lin1, mlp.lin2),
+            norms=(self.sa_layer_norm, self.output_layer_norm),
+            dropouts=(attention.dropout, None, mlp.dropout),
+            callers=(attention, mlp, mlp.activation),
+            activation=plan(mlp)["activation"],
+        )
 
 
 class FastTransformer(FastEncoder):

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops._activation import activate
 from ..ops.rotary import reference as rotary_reference
-from . import interface, probe, swap
+from . import interface, post_norm, probe, swap
 from .layers import dense_mlp
 from .projections import attend, cached, linears, project
 from .swap import Fast, plan
-from .unpad import FIRST, asked_by, labels_ignore_padding
+from .unpad import FIRST, PREFIXES, asked_by, labels_ignore_padding
 
 # Classes whose forward is the one these recipes compute; transformers writes them as copies of the first.
 BERT_ATTENTIONS = (
@@ -199,10 +199,10 @@ def _bert_mlp_reason(module: Any) -> str | None:
 
 
 class FastBertLayer(Fast):
-    """Both dense layers, activation, dropout and residual in one operator, then the norm."""
+    """Both dense layers, activation, dropout and residual in one operator, then the norm; or the whole layer in one."""
 
     area = "mlp"
-    methods = ("feed_forward_chunk",)
+    methods = ("forward", "feed_forward_chunk")
 
     @classmethod
     def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
@@ -221,7 +221,33 @@ class FastBertLayer(Fast):
         y = probe.run(probe.small_copy(module, {}, children), x, method="feed_forward_chunk")
         if not probe.same(y, expected(activate(dense(x), activation), x)):
             return "a feed_forward_chunk of its own"
-        return _bert_mlp_reason(module) or {"activation": activation}
+        whole = interface.is_class(module, tuple(f"{prefix}Layer" for prefix in PREFIXES))
+        return _bert_mlp_reason(module) or {"activation": activation, "whole": whole}
+
+    def forward(
+        self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        y = None
+        if plan(self)["whole"] and self.chunk_size_feed_forward == 0 and not any(a is not None for a in args):
+            parts = self._parts()
+            y = None if parts is None else post_norm.run(parts, hidden_states, attention_mask, kwargs)
+        return super().forward(hidden_states, attention_mask, *args, **kwargs) if y is None else y  # type: ignore[misc]
+
+    def _parts(self: Any) -> post_norm.Parts | None:
+        attention, intermediate, output = self.attention, self.intermediate, self.output
+        inner = attention.self
+        fast = all(isinstance(m, k) for m, k in ((inner, FastBertAttention), (attention.output, FastBertOutput)))
+        if not fast or not interface.is_class(attention, tuple(f"{prefix}Attention" for prefix in PREFIXES)):
+            return None
+        return post_norm.Parts(
+            attention=inner,
+            head_dim=inner.attention_head_size,
+            dense=(inner.query, inner.key, inner.value, attention.output.dense, intermediate.dense, output.dense),
+            norms=(attention.output.LayerNorm, output.LayerNorm),
+            dropouts=(inner.dropout, attention.output.dropout, output.dropout),
+            callers=(attention, inner, attention.output, intermediate, output, intermediate.intermediate_act_fn),
+            activation=plan(self)["activation"],
+        )
 
     def feed_forward_chunk(self: Any, attention_output: Tensor) -> Tensor:
         if not swap.note(self, _bert_mlp_reason(self)):

@@ -121,7 +121,7 @@ def attention_forward(
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
     reason = None
-    if _weights_wanted(kwargs):
+    if weights_wanted(kwargs):
         reason = "output_attentions=True asks for the weights"
     elif kwargs.get("s_aux") is not None:
         reason = "attention sinks"
@@ -242,7 +242,7 @@ def _sight(mask: Tensor, local_size: int | None) -> dict[str, Any] | None:
     return None
 
 
-def _weights_wanted(kwargs: dict[str, Any]) -> bool:
+def weights_wanted(kwargs: dict[str, Any]) -> bool:
     if kwargs.get("output_attentions"):
         return True
     capturing = sys.modules.get("transformers.utils.output_capturing")  # what hooks collect during this call

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import nn, ops
+from ..ops._encoder_layer import Shape, Weights, encoder_layer
 from ..ops._heads import split_heads
 
 Sublayer = Callable[[Tensor, Tensor], Tensor]  # of its input and of what is added to its output
@@ -193,8 +194,31 @@ class EncoderLayer(Layer):
 
     def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
         """[B, S, width], or [tokens, width] with the starts of the sequences."""
+        if not self.shape.norm_first and (y := self._at_once(x, starts)) is not None:
+            return y
         x = self.around(self.norm1, lambda y, residual: self.self_attn(y, residual, starts), x)
         return self.around(self.norm2, self.mlp, x)
+
+    def _at_once(self, x: Tensor, starts: Tensor | None) -> Tensor | None:
+        """The layer as one function to autograd; None where that is not possible, or a part has hooks."""
+        attention, out = self.self_attn, self.self_attn.out_proj
+        if any(m._forward_hooks or m._forward_pre_hooks for m in self.modules() if m is not self):
+            return None
+        matrices = (*attention.in_proj_weight.chunk(3), out.weight, self.linear1.weight, self.linear2.weight)
+        biases = (*attention.in_proj_bias.chunk(3), out.bias, self.linear1.bias, self.linear2.bias)
+        norms = (self.norm1.weight, self.norm1.bias, self.norm2.weight, self.norm2.bias)
+        dropout = self.shape.dropout if self.training else 0.0
+        shape = Shape(
+            head_dim=attention.head_dim,
+            scale=attention.head_dim**-0.5,
+            activation=self.shape.activation,
+            eps1=self.norm1.eps,
+            eps2=self.norm2.eps,
+            attention_dropout=attention.weight_dropout,
+            dropout1=dropout,
+            dropout2=dropout,
+        )
+        return encoder_layer(x, Weights._make((*matrices, *biases, *norms)), shape, starts=starts)
 
 
 class DecoderLayer(Layer):

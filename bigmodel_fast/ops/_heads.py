@@ -59,7 +59,7 @@ def _(x, weights, biases):
 
 
 @torch.library.register_fake("bigmodel_fast::linears_bwd")
-def _(dy, x, weights, dx_dtype, wants):
+def _(dy, x, weights, dx_dtype, wants, dx_residual=None):
     m, k = x.shape
     lengths = [len(w) if want else 0 for w, want in zip([*weights, *weights], wants[1:], strict=True)]
     dweights = [w.new_empty(n, k) for w, n in zip(weights, lengths, strict=False)]

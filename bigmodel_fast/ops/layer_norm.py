@@ -41,10 +41,16 @@ def _(x, weight, bias, residual, eps, dtype):
 
 
 @torch.library.register_fake("bigmodel_fast::layer_norm_bwd")
-def _(grad_y, grad_sum, sum, weight, mean, rstd, narrow):
+def _(grad_y, grad_sum, sum, weight, mean, rstd, narrow, seed=None, dropout_p=0.0):
     grad_narrow = sum.new_empty(sum.shape if narrow else 0, dtype=torch.bfloat16)
     grad_weight, grad_bias = (sum.new_empty(sum.shape[-1], dtype=torch.float32) for _ in range(2))
     return sum.new_empty(sum.shape), grad_narrow, grad_weight, grad_bias
+
+
+@torch.library.register_fake("bigmodel_fast::layer_norm_twice_fwd")
+def _(x, weight, bias, eps):
+    mean, rstd = (x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.bfloat16), mean, rstd
 
 
 class _LayerNorm(torch.autograd.Function):

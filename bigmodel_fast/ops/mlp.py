@@ -33,10 +33,10 @@ def _fake_forward(x, w1, b1, w2, b2, activation, save_pre, residual=None, seed=N
     )
 
 
-def _fake_backward(dy, x, w1, w2, pre, activation, wants):
+def _fake_backward(dy, x, w1, w2, pre, activation, wants, dx_residual=None):
     (m, k), f, n = x.shape, w1.shape[0], w2.shape[0]
     return (
-        x.new_empty(m if wants[0] else 0, k),
+        (x if dx_residual is None else dx_residual).new_empty(m if wants[0] else 0, k),
         w1.new_empty(f if wants[1] else 0, k),
         x.new_empty(f if wants[2] else 0, dtype=torch.float32),
         w2.new_empty(n if wants[3] else 0, f),

@@ -27,6 +27,13 @@ struct Finish {
   Rows residual;
 };
 
+// Where the gradient of an input goes, [rows, width] contiguous: dx = what flows through the operator + residual.
+struct InputGradient {
+  void* dx;  // null where not wanted
+  Dtype dtype;
+  const void* residual;  // what flows into the input from elsewhere, as dx; or null
+};
+
 enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu, sigmoid, tanh, relu2 };
 
 }  // namespace bmf

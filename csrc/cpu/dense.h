@@ -233,6 +233,31 @@ inline void dense_dgrad(const Threads& threads, const MatrixView<X>& g, const Ma
   dense_product_across<Mode>(threads, g, w, m, n, k, StoreTile<X>{dx, k, k});
 }
 
+// Epilogue of dx = the products + a residual, [m, k] both.
+template <class T>
+struct StoreInputGradient {
+  explicit StoreInputGradient(const InputGradient& to, int64_t columns)
+      : dx(static_cast<T*>(to.dx)), residual(static_cast<const T*>(to.residual)), k(columns) {}
+
+  T* dx;
+  const T* residual;  // or null
+  int64_t k;
+  void operator()(const Tile& tile) const {
+    for_tile(tile, k, [&](int64_t row, int64_t col, int lanes, Vec v) {
+      if (residual) v += load_lanes(residual + row * k + col, lanes);
+      store_lanes(dx + row * k + col, v, lanes);
+    });
+  }
+};
+
+template <class Mode, class X, class W>
+inline void dense_dgrad(const Threads& threads, const MatrixView<X>& g, const MatrixView<W>& w, const InputGradient& to,
+                        int64_t m, int64_t n, int64_t k) {
+  with_type(to.dtype, [&](auto type) {
+    dense_product_across<Mode>(threads, g, w, m, n, k, StoreInputGradient<decltype(type)>(to, k));
+  });
+}
+
 // sums[n] = the sum of `count` rows of partial sums, `stride` apart, in order.
 inline void add_partial_sums(const Threads& threads, const float* partials, int64_t count, int64_t stride, int64_t n,
                              float* sums) {

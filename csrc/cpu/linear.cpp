@@ -60,9 +60,8 @@ void linears_dgrad(const LinearsBwdArgs& a, const Threads& threads, int i, Produ
     products[i] = {&rows, &panels};
     return linears_dgrad<Mode, X, W>(a, threads, i + 1, products);
   }
-  with_type(a.dx_dtype, [&](auto type) {
-    using D = decltype(type);
-    gemm<Mode>(threads, a.m, products, a.count, 1, StoreTile<D>{static_cast<D*>(a.dx), a.k, a.k});
+  with_type(a.dx.dtype, [&](auto type) {
+    gemm<Mode>(threads, a.m, products, a.count, 1, StoreInputGradient<decltype(type)>(a.dx, a.k));
   });
 }
 
@@ -74,7 +73,7 @@ void linears_backward(const LinearsBwdArgs& a, const Threads& threads) {
     using Mode = typename Types::Mode;
     using X = typename Types::Input;
     using W = typename Types::Weight;
-    if (a.dx) {
+    if (a.dx.dx) {
       Product<Mode> products[kMostLinears];
       linears_dgrad<Mode, X, W>(a, threads, 0, products);
     }

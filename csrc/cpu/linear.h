@@ -43,8 +43,7 @@ struct LinearsBwdArgs {
   Dtype x_dtype, weight_dtype;
   int64_t m, k, x_stride;
   const void* x;
-  void* dx;  // null where not wanted
-  Dtype dx_dtype;
+  InputGradient dx;
   int count;  // kMostLinears at most
   const LinearOfSeveral* layers;
 };

@@ -37,7 +37,7 @@ void mlp_backward(const MlpBwdArgs& a, const Threads& threads) {
     const MatrixView<W> w1{static_cast<const W*>(a.w1), a.w1_stride, 1},
         w2{static_cast<const W*>(a.w2), a.w2_stride, 1};
     const HiddenOperand<Mode, X> h(m, f, false, a.dw2 != nullptr);
-    const HiddenOperand<Mode, X> dpre(m, f, a.dx != nullptr, a.dw1 != nullptr, a.db1 != nullptr);
+    const HiddenOperand<Mode, X> dpre(m, f, a.dx.dx != nullptr, a.dw1 != nullptr, a.db1 != nullptr);
     with_activation(a.activation, [&](auto tag) {
       dense_product_across<Mode>(threads, dy, w2, m, a.n, f, [&](const Tile& tile) {
         for_row_pairs(tile, f, [&](int64_t row, int64_t col, int lanes, Vec dh0, Vec dh1) {
@@ -54,7 +54,7 @@ void mlp_backward(const MlpBwdArgs& a, const Threads& threads) {
     if (a.db1) dpre.add_sums(threads, a.db1);
     if (a.dw2) wgrad_of_hidden(threads, dy, h, static_cast<W*>(a.dw2), m, a.n, f);
     if (a.dw1) hidden_wgrad(threads, dpre, x, static_cast<W*>(a.dw1), m, f, a.k);
-    if (a.dx) dense_dgrad<Mode>(threads, dpre.rows(), w1, static_cast<X*>(a.dx), m, f, a.k);
+    if (a.dx.dx) dense_dgrad<Mode>(threads, dpre.rows(), w1, a.dx, m, f, a.k);
   });
 }
 

@@ -25,7 +25,8 @@ struct MlpBwdArgs {
   int64_t m, n, f, k, x_stride, w1_stride, w2_stride;
   const void *dy, *x, *w1, *w2, *pre;
   Activation activation;
-  void *dx, *dw1, *dw2;  // null where not wanted
+  InputGradient dx;
+  void *dw1, *dw2;  // null where not wanted
   float *db1, *db2;
 };
 

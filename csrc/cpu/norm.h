@@ -21,6 +21,7 @@ struct NormForwardArgs {
   Rows x, residual;    // residual.data null: s is x, and `sum` is not written
   Rows weight, bias;   // one row each, or null for ones and zeros
   Rows y, sum;         // sum: float if x or residual is
+  Rows y_narrow;       // y once more in bfloat16, for what multiplies it; may be null
   float *mean, *rstd;  // [rows]; mean null for rms_norm
 };
 
@@ -31,6 +32,7 @@ struct NormBackwardArgs {
   const float *mean, *rstd;
   Rows grad;                       // with respect to s, and so to x and to residual; in s's dtype
   Rows grad_narrow;                // the same once more in bfloat16, for that of x and residual which is; may be null
+  Finish finish;                   // grad_narrow is the gradient of what dropout here was applied to
   float *grad_weight, *grad_bias;  // [width]; grad_bias null for rms_norm
 };
 
@@ -41,6 +43,7 @@ struct NormBackwardArgs {
 
 #include "core/scratch.h"
 #include "core/simd.h"
+#include "cpu/finish.h"
 
 namespace bmf::BMF_ISA {
 
@@ -83,6 +86,7 @@ BMF_FLATTEN inline void norm_forward_rows(const NormForwardArgs& args, const flo
   const int64_t n = args.width;
   const float count = static_cast<float>(n);
   const bool past = past_caches(args.y.data, args.rows, n * sizeof(Y), args.y.stride * sizeof(Y));
+  const bool narrow = args.y_narrow.data != nullptr;
   for (int64_t row = begin; row < end; ++row) {
     const X* x = row_of<X>(args.x, row);
     const S* s;
@@ -125,6 +129,7 @@ BMF_FLATTEN inline void norm_forward_rows(const NormForwardArgs& args, const flo
         v = v * rstd * load_lanes(weight + i, lanes);
       }
       store_lanes(y + i, v, lanes, past);
+      if (narrow) store_lanes(row_of<bf16>(args.y_narrow, row) + i, v, lanes);
     });
   }
   if (past) end_streams();
@@ -154,6 +159,8 @@ BMF_FLATTEN inline void norm_backward_rows(const NormBackwardArgs& args, const f
   const int64_t n = args.width;
   const float count = static_cast<float>(n);
   const bool past = past_caches(args.grad.data, args.rows, n * sizeof(S), args.grad.stride * sizeof(S));
+  const Dropping dropping(args.finish);
+  const bool drops = args.finish.dropout > 0;
   for (int64_t i = 0; i < n; ++i) grad_weight[i] = 0;
   if (kCentered)
     for (int64_t i = 0; i < n; ++i) grad_bias[i] = 0;
@@ -174,13 +181,20 @@ BMF_FLATTEN inline void norm_backward_rows(const NormBackwardArgs& args, const f
     });
     const float dot = sum(dots) / count, mean_g = kCentered ? sum(sums) / count : 0.0f;
     S* grad = row_of<S>(args.grad, row);
+    uint16_t keep[8];
     for_lanes(n, [&](int64_t i, int lanes) {
       const Vec g = load_lanes(grad_y + i, lanes) * load_lanes(weight + i, lanes);
       const Vec normed = (load_lanes(s + i, lanes) - mean) * rstd;
       Vec v = (g - normed * dot - mean_g) * rstd;
       if constexpr (kGradSum) v += load_lanes(row_of<S>(args.grad_sum, row) + i, lanes);
       store_lanes(grad + i, v, lanes, past);
-      if constexpr (kNarrow) store_lanes(row_of<bf16>(args.grad_narrow, row) + i, v, lanes);
+      if constexpr (kNarrow) {
+        if (drops) {
+          if (i % kDropoutGroup == 0) dropping.choose(row, i / kDropoutGroup, keep);
+          v = keep_at(v * dropping.scale, keep, i % kDropoutGroup);
+        }
+        store_lanes(row_of<bf16>(args.grad_narrow, row) + i, v, lanes);
+      }
     });
   }
   if (past) end_streams();

@@ -33,6 +33,17 @@ Finish finish_of(const std::optional<Tensor>& residual, const std::optional<Tens
   return finish;
 }
 
+InputGradient input_gradient(const Tensor& dx, bool wanted, const std::optional<Tensor>& residual, const char* op) {
+  const Dtype dtype = kernel_dtype(dx, op, "dx");
+  if (!wanted) return {nullptr, dtype, nullptr};
+  if (residual) {
+    STD_TORCH_CHECK(
+        residual->scalar_type() == dx.scalar_type() && residual->numel() == dx.numel() && residual->is_contiguous(), op,
+        ": dx_residual must be contiguous, of dx's shape and dtype");
+  }
+  return {dx.mutable_data_ptr(), dtype, residual ? residual->const_data_ptr() : nullptr};
+}
+
 RowTensor row_tensor(const Tensor& t, const char* op, const char* name) {
   const Dtype dtype = kernel_dtype(t, op, name);
   const int64_t last = t.dim() - 1, width = t.size(last);

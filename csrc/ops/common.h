@@ -57,6 +57,9 @@ inline ScalarType finished_dtype(const Tensor& x, const std::optional<Tensor>& r
   return residual && residual->scalar_type() == ScalarType::Float ? ScalarType::Float : x.scalar_type();
 }
 
+// dx [rows, width], and a residual of its dtype and shape.
+InputGradient input_gradient(const Tensor& dx, bool wanted, const std::optional<Tensor>& residual, const char* op);
+
 Activation parse_activation(const std::string& name);  // throws for an unknown name
 
 // A tensor seen as rows of its last dimension. Leading dimensions are folded into one; where the strides allow no such

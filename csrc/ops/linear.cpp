@@ -68,10 +68,11 @@ std::vector<Tensor> linears_fwd(const Tensor& x, const std::vector<Tensor>& weig
   return out;
 }
 
-// dx in the dtype asked for, then all weights' gradients, then all biases'; what `wants` (in this order) does not name
-// is empty.
+// dx in the dtype asked for, plus dx_residual of the same, then all weights' gradients, then all biases'; what `wants`
+// (in this order) does not name is empty.
 std::vector<Tensor> linears_bwd(const std::vector<Tensor>& dy, const Tensor& x, const std::vector<Tensor>& weights,
-                                ScalarType dx_dtype, const std::vector<bool>& wants) {
+                                ScalarType dx_dtype, const std::vector<bool>& wants,
+                                const std::optional<Tensor>& dx_residual) {
   const int64_t m = x.size(0), k = x.size(1);
   const size_t count = weights.size();
   STD_TORCH_CHECK(count > 0 && count <= kMostLinears && dy.size() == count && wants.size() == 1 + 2 * count,
@@ -101,8 +102,7 @@ std::vector<Tensor> linears_bwd(const std::vector<Tensor>& dy, const Tensor& x, 
                     .k = k,
                     .x_stride = x.stride(0),
                     .x = x.const_data_ptr(),
-                    .dx = wants[0] ? out[0].mutable_data_ptr() : nullptr,
-                    .dx_dtype = kernel_dtype(out[0], "linear", "dx"),
+                    .dx = input_gradient(out[0], wants[0], dx_residual, "linears_bwd"),
                     .count = static_cast<int>(count),
                     .layers = layers.data()},
                    torch_threads());
@@ -120,7 +120,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_fast, m) {
       "linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor pre, str activation, bool[] wants) -> (Tensor dx, Tensor "
       "dweight, Tensor dbias)");
   m.def("linears_fwd(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]");
-  m.def("linears_bwd(Tensor[] dy, Tensor x, Tensor[] weights, ScalarType dx_dtype, bool[] wants) -> Tensor[]");
+  m.def(
+      "linears_bwd(Tensor[] dy, Tensor x, Tensor[] weights, ScalarType dx_dtype, bool[] wants, Tensor? "
+      "dx_residual=None) -> Tensor[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(bigmodel_fast, CPU, m) {
   m.impl("linear_fwd", TORCH_BOX(&bmf::linear_fwd));

@@ -37,13 +37,15 @@ std::tuple<Tensor, Tensor> mlp_fwd(const Tensor& x, const Tensor& w1, const std:
   return {y, pre};
 }
 
-// Gradients of the arguments in `wants` (x, w1, b1, w2, b2); the others are empty tensors.
+// Gradients of the arguments in `wants` (x, w1, b1, w2, b2); the others are empty tensors. That of x is in x's dtype,
+// or added to dx_residual in its dtype.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(const Tensor& dy, const Tensor& x, const Tensor& w1,
                                                            const Tensor& w2, const Tensor& pre, std::string activation,
-                                                           std::vector<bool> wants) {
+                                                           std::vector<bool> wants,
+                                                           const std::optional<Tensor>& dx_residual) {
   const int64_t m = x.size(0), f = w1.size(0), k = w1.size(1), n = w2.size(0);
   check_contiguous(dy, "mlp_bwd", "dy");
-  Tensor dx = empty({wants[0] ? m : 0, k}, x.scalar_type(), x);
+  Tensor dx = empty({wants[0] ? m : 0, k}, (dx_residual ? *dx_residual : x).scalar_type(), x);
   Tensor dw1 = empty({wants[1] ? f : 0, k}, w1.scalar_type(), x);
   Tensor db1 = empty({wants[2] ? f : 0}, ScalarType::Float, x);
   Tensor dw2 = empty({wants[3] ? n : 0, f}, w2.scalar_type(), x);
@@ -63,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(const Tensor& dy, con
                 .w2 = w2.const_data_ptr(),
                 .pre = pre.const_data_ptr(),
                 .activation = parse_activation(activation),
-                .dx = wants[0] ? dx.mutable_data_ptr() : nullptr,
+                .dx = input_gradient(dx, wants[0], dx_residual, "mlp_bwd"),
                 .dw1 = wants[1] ? dw1.mutable_data_ptr() : nullptr,
                 .dw2 = wants[3] ? dw2.mutable_data_ptr() : nullptr,
                 .db1 = wants[2] ? static_cast<float*>(db1.mutable_data_ptr()) : nullptr,
@@ -80,8 +82,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_fast, m) {
       "mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, bool save_pre, "
       "Tensor? residual=None, Tensor? seed=None, float dropout_p=0.0) -> (Tensor y, Tensor pre)");
   m.def(
-      "mlp_bwd(Tensor dy, Tensor x, Tensor w1, Tensor w2, Tensor pre, str activation, bool[] wants) -> (Tensor dx, "
-      "Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)");
+      "mlp_bwd(Tensor dy, Tensor x, Tensor w1, Tensor w2, Tensor pre, str activation, bool[] wants, "
+      "Tensor? dx_residual=None) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)");
 }
 STABLE_TORCH_LIBRARY_IMPL(bigmodel_fast, CPU, m) {
   m.impl("mlp_fwd", TORCH_BOX(&bmf::mlp_fwd));

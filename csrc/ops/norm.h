@@ -9,7 +9,7 @@
 namespace bmf {
 
 struct NormOutputs {
-  Tensor y, sum, mean, rstd;  // sum is empty without a residual, mean for rms_norm
+  Tensor y, sum, mean, rstd, y_narrow;  // sum is empty without a residual, mean for rms_norm, y_narrow unless asked for
 };
 
 struct NormGradients {
@@ -28,7 +28,8 @@ inline float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr())
 
 inline NormOutputs norm_forward(void (*kernel)(const NormForwardArgs&, const Threads&), const char* op, bool centered,
                                 const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                                const std::optional<Tensor>& residual, double eps, ScalarType dtype) {
+                                const std::optional<Tensor>& residual, double eps, ScalarType dtype,
+                                bool narrow = false) {
   const RowTensor x_rows = row_tensor(x, op, "x");
   std::optional<RowTensor> residual_rows, weight_row, bias_row;
   NormForwardArgs args{};
@@ -43,9 +44,11 @@ inline NormOutputs norm_forward(void (*kernel)(const NormForwardArgs&, const Thr
   NormOutputs out{
       empty(x.sizes(), dtype, x),
       residual ? empty(x.sizes(), wide ? ScalarType::Float : ScalarType::BFloat16, x) : empty({0}, x.scalar_type(), x),
-      empty({centered ? args.rows : 0}, ScalarType::Float, x), empty({args.rows}, ScalarType::Float, x)};
+      empty({centered ? args.rows : 0}, ScalarType::Float, x), empty({args.rows}, ScalarType::Float, x),
+      narrow ? empty(x.sizes(), ScalarType::BFloat16, x) : empty({0}, ScalarType::BFloat16, x)};
   args.y = row_tensor(out.y, op, "y").rows;
   if (residual) args.sum = row_tensor(out.sum, op, "sum").rows;
+  if (narrow) args.y_narrow = row_tensor(out.y_narrow, op, "y_narrow").rows;
   args.mean = floats(out.mean);
   args.rstd = floats(out.rstd);
   kernel(args, torch_threads());
@@ -55,7 +58,8 @@ inline NormOutputs norm_forward(void (*kernel)(const NormForwardArgs&, const Thr
 inline NormGradients norm_backward(void (*kernel)(const NormBackwardArgs&, const Threads&), const char* op,
                                    bool centered, const Tensor& grad_y, const std::optional<Tensor>& grad_sum,
                                    const Tensor& sum, const std::optional<Tensor>& weight, const Tensor* mean,
-                                   const Tensor& rstd, bool narrow) {
+                                   const Tensor& rstd, bool narrow, const std::optional<Tensor>& seed = std::nullopt,
+                                   double dropout_p = 0) {
   const RowTensor grad_y_rows = row_tensor(grad_y, op, "grad_y"), sum_rows = row_tensor(sum, op, "sum");
   std::optional<RowTensor> grad_sum_rows, weight_row;
   NormBackwardArgs args{};
@@ -66,6 +70,7 @@ inline NormGradients norm_backward(void (*kernel)(const NormBackwardArgs&, const
   args.grad_sum = parameter(grad_sum, grad_sum_rows, op, "grad_sum");
   STD_TORCH_CHECK(!grad_sum || args.grad_sum.dtype == args.sum.dtype, op, ": grad_sum and sum differ in dtype");
   args.weight = parameter(weight, weight_row, op, "weight");
+  args.finish = finish_of(std::nullopt, seed, dropout_p, op);
   args.mean = mean ? floats(*mean) : nullptr;
   args.rstd = floats(rstd);
   NormGradients out{empty(sum.sizes(), sum.scalar_type(), sum),
