@@ -75,7 +75,7 @@ def encoder_layer(
         return None
     if dtype not in (torch.float32, torch.bfloat16) or x.dtype not in (torch.float32, dtype) or not x.is_contiguous():
         return None
-    if not all(type(t) in (Tensor, torch.nn.Parameter) for t in weights):
+    if not all(type(t) in (Tensor, torch.nn.Parameter) for t in weights) or _dispatch.unsupported(*weights):
         return None
     kinds = {t.dtype for t in weights[:_MATRICES]}
     if kinds != {torch.float32} and kinds != {dtype}:
