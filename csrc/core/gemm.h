@@ -162,41 +162,57 @@ struct Product {
   const OperandB<Mode>* b;
 };
 
-// tile[rows][kTilePanels * kPanel] = the products' sum for rows [row, row + rows) and panels [panel, panel + panels).
-template <class Mode>
-void multiply_tile(const Product<Mode>* products, int product_count, int64_t row, int64_t rows, int64_t panel,
-                   int64_t panels, float* tile) {
-  bool first = true;
-  for (int i = 0; i < product_count; ++i) {
-    const OperandA<Mode>& a = *products[i].a;
-    const OperandB<Mode>& b = *products[i].b;
-    const int64_t sweeps = ceil_div(a.units(), kSweepUnits<Mode>);
-    for (int64_t s = 0; s < sweeps; ++s) {
-      const int64_t unit = a.units() * s / sweeps, units = a.units() * (s + 1) / sweeps - unit;
-      for (int64_t p = 0; p < panels; ++p) {
-        const char* rows_at = a.row(row) + unit * 4;
-        const float* panel_at = b.panel(panel + p) + unit * kPanel;
-        const auto multiply = first ? multiply_panel<Mode, false> : multiply_panel<Mode, true>;
-        multiply(rows_at, a.stride(), panel_at, units, rows, b.columns(panel + p), tile + p * kPanel,
-                 kTilePanels * kPanel);
-      }
-      first = false;
-    }
-  }
-  if (first)  // k = 0
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < panels * kPanel; c += kLanes) store(tile + r * kTilePanels * kPanel + c, Vec{});
-}
-
-// One finished tile of C, as an epilogue sees it. `col` is the first column of its first panel.
+// A tile of C, or some finished rows of one, as an epilogue sees them.
 struct Tile {
   int64_t row, rows, panel, panels;
   float* sums;  // [rows][stride]; the epilogue may use them up
   static constexpr int64_t stride = kTilePanels * kPanel;
 };
 
-// C [m, products' panels] tile by tile; epilogue(const Tile&) runs on the thread that summed it. Tiles start at panels
-// that are multiples of `panel_multiple` (1, 2 or 4).
+// How many rows of a tile an epilogue takes at once, while their sums are in L1: those of one call of the micro-kernel,
+// unless it has a number of its own.
+template <class Epilogue>
+constexpr int64_t kStripRows = [] {
+  if constexpr (requires { Epilogue::kStripRows; })
+    return Epilogue::kStripRows;
+  else
+    return int64_t{kRows};
+}();
+
+// Sums the products for one tile and hands it to the epilogue, strip by strip. Before a strip's last sweep of a panel,
+// epilogue.prefetch(row, rows, panel) may ask for the lines of memory it is going to use.
+template <class Mode, class Epilogue>
+void multiply_tile(const Product<Mode>* products, int product_count, const Tile& tile, const Epilogue& epilogue) {
+  constexpr int64_t kStrip = kStripRows<Epilogue>;
+  bool first = true;
+  for (int i = 0; i < product_count; ++i) {
+    const OperandA<Mode>& a = *products[i].a;
+    const OperandB<Mode>& b = *products[i].b;
+    const int64_t sweeps = larger(ceil_div(a.units(), kSweepUnits<Mode>), 1);
+    for (int64_t s = 0; s < sweeps; ++s) {
+      const int64_t unit = a.units() * s / sweeps, units = a.units() * (s + 1) / sweeps - unit;
+      const bool last = i + 1 == product_count && s + 1 == sweeps;
+      const auto multiply = first ? multiply_panel<Mode, false> : multiply_panel<Mode, true>;
+      for (int64_t r = 0; r < tile.rows; r += kStrip) {
+        const int64_t row = tile.row + r, rows = smaller(kStrip, tile.rows - r);
+        float* sums =
+            tile.sums + (first && last ? 0 : r * Tile::stride);  // finished in one sweep: the next strip's too
+        for (int64_t p = 0; p < tile.panels; ++p) {
+          const int64_t panel = tile.panel + p;
+          if constexpr (requires { epilogue.prefetch(row, rows, panel); })
+            if (last) epilogue.prefetch(row, rows, panel);
+          multiply(a.row(row) + unit * 4, a.stride(), b.panel(panel) + unit * kPanel, units, rows, b.columns(panel),
+                   sums + p * kPanel, Tile::stride);
+        }
+        if (last) epilogue(Tile{row, rows, tile.panel, tile.panels, sums});
+      }
+      first = false;
+    }
+  }
+}
+
+// C [m, products' panels] tile by tile; epilogue(const Tile&) runs on the thread that summed it, for some rows of a
+// tile at a time and all its panels. Tiles start at panels that are multiples of `panel_multiple` (1, 2 or 4).
 template <class Mode, class Epilogue>
 inline void gemm(const Threads& threads, int64_t m, const Product<Mode>* products, int product_count,
                  int panel_multiple, const Epilogue& epilogue) {
@@ -213,8 +229,7 @@ inline void gemm(const Threads& threads, int64_t m, const Product<Mode>* product
     const int64_t panel = task / row_blocks * tile_panels, row = task % row_blocks * tile_rows;
     float* sums = tiles.at<float>(tile_bytes * thread);
     const Tile tile{row, smaller(tile_rows, m - row), panel, smaller(tile_panels, panel_count - panel), sums};
-    multiply_tile(products, product_count, tile.row, tile.rows, tile.panel, tile.panels, sums);
-    epilogue(tile);
+    multiply_tile(products, product_count, tile, epilogue);
   });
 }
 
@@ -237,6 +252,25 @@ BMF_INLINE void for_tile(const Tile& tile, int64_t n, const F& f) {
               [&](int64_t c, int lanes) { f(tile.row + r, col + c, lanes, load(tile.sums + r * Tile::stride + c)); });
 }
 
+// Asks for the lines of `rows` rows of a panel's columns, of a matrix that is about to be read (or written, if kWrite).
+template <bool kWrite = true, class T>
+BMF_INLINE void prefetch_panel(const T* matrix, int64_t stride, int64_t row, int64_t rows, int64_t panel) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  __asm__ volatile("");  // GCC removes calls of a function that does nothing but prefetch
+  for (int64_t r = row; r < row + rows; ++r)
+    for (int64_t c = 0; c < kPanel; c += kLine) __builtin_prefetch(matrix + r * stride + panel * kPanel + c, kWrite);
+}
+
+// An epilogue of two lambdas.
+template <class Prefetch, class F>
+struct PrefetchingEpilogue {
+  Prefetch prefetch;
+  F finish;
+  void operator()(const Tile& tile) const { finish(tile); }
+};
+template <class Prefetch, class F>
+PrefetchingEpilogue(Prefetch, F) -> PrefetchingEpilogue<Prefetch, F>;
+
 // Epilogues that store C as T, or add it to what is there. Element (row, col) stands at out[row * stride + col], or
 // transposed at out[col * stride + row]; `n`: columns of C.
 template <class T, bool kAdds>
@@ -249,6 +283,7 @@ struct StoreTile {
   T* out;
   int64_t n, stride;
   bool first = true;  // kAdds: there is nothing to add to yet
+  void prefetch(int64_t row, int64_t rows, int64_t panel) const { prefetch_panel(out, stride, row, rows, panel); }
   void operator()(const Tile& tile) const {
     for_tile(tile, n, [&](int64_t row, int64_t col, int lanes, Vec v) {
       put<T, kAdds>(out + row * stride + col, v, lanes, first);
@@ -260,6 +295,7 @@ using AddTile = StoreTile<T, true>;
 
 template <class T, bool kAdds = false>
 struct StoreTransposed {
+  static constexpr int64_t kStripRows = kTileRows;  // that lines of the transpose be whole
   T* out;
   int64_t n, stride;
   bool first = true;

@@ -26,6 +26,8 @@ void micro_tile(const char* a, int64_t a_stride, const float* panel, int64_t uni
     Vec b[kV];
 #pragma GCC unroll 4
     for (int v = 0; v < kV; ++v) b[v] = load(panel + v * kLanes);
+    // The rows after these, one line at a time: what is new of them is too short for the hardware to foresee.
+    __builtin_prefetch(a + (kR + (u & 7)) * a_stride, 0, 2);
 #pragma GCC unroll 8
     for (int r = 0; r < kR; ++r) {
       const Vec unit = broadcast_unit(a + r * a_stride);

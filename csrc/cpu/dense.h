@@ -144,6 +144,15 @@ struct DenseEpilogue {
   DenseOutput out;    // in X's dtype where it is not finished
   X* pre;
   int64_t n;
+  void prefetch(int64_t row, int64_t rows, int64_t panel) const {
+    if (pre) prefetch_panel(pre, n, row, rows, panel);
+    with_type(out.dtype, [&](auto type) { prefetch_panel(static_cast<decltype(type)*>(out.y), n, row, rows, panel); });
+    if (out.finish && out.finish->residual.data)
+      with_type(out.finish->residual.dtype, [&](auto type) {
+        const auto* residual = static_cast<const decltype(type)*>(out.finish->residual.data);
+        prefetch_panel<false>(residual, out.finish->residual.stride, row, rows, panel);
+      });
+  }
   void operator()(const Tile& tile) const {
     X* y = out.finish ? nullptr : static_cast<X*>(out.y);
     for_tile(tile, n, [&](int64_t row, int64_t col, int lanes, Vec v) {
@@ -420,6 +429,11 @@ class HiddenOperand {
       const Vec both = has_second ? first + second : first;
       store(at, row % kStep == 0 ? both : load(at) + both);
     }
+  }
+
+  void prefetch(int64_t row, int64_t rows, int64_t panel) const {
+    if (has_rows_) prefetch_panel(rows_.template at<X>(0), f_, row, rows, panel);
+    if (has_panels_) prefetch_panel(panels_.panel(panel), kPanel, row / Mode::kPerUnit, units_of<Mode>(rows), 0);
   }
 
   MatrixView<X> rows() const { return {rows_.template at<X>(0), f_, 1}; }

@@ -39,16 +39,12 @@ class Finisher {
     if (finish_.residual.data)
       with_type(finish_.residual.dtype, [&](auto type) {
         const auto* residual = static_cast<const decltype(type)*>(finish_.residual.data);
-        __builtin_prefetch(residual + (row + kAhead) * finish_.residual.stride + col);
         v += load_lanes(residual + row * finish_.residual.stride + col, lanes);
       });
-    __builtin_prefetch(y_ + (row + kAhead) * y_stride_ + col, 1);
     store_lanes(y_ + row * y_stride_ + col, v, lanes);
   }
 
  private:
-  static constexpr int64_t kAhead = 8;  // rows of a tile are too far apart for the hardware to foresee
-
   void choose(int64_t row, int64_t group) {
     row_ = row;
     group_ = group;

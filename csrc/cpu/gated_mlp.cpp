@@ -59,7 +59,13 @@ void gated_mlp_forward(const GatedMlpFwdArgs& a, const Threads& threads) {
       const OperandB<Mode> panels = OperandB<Mode>::of_weights(threads, a.k, f, transposed(w_gate), transposed(w_up));
       const OperandA<Mode> rows(threads, x, a.m, a.k);
       const Product<Mode> product{&rows, &panels};
-      gemm<Mode>(threads, a.m, &product, 1, 2, [&](const Tile& tile) { for_gated_tile(tile, f, finish); });
+      const auto prefetch = [&](int64_t row, int64_t rows, int64_t panel) {
+        if (panel % 2 == 0) return prefetch_panel(h, f, row, rows, panel / 2);
+        if (gate_out) prefetch_panel(gate_out, f, row, rows, panel / 2);
+        if (up_out) prefetch_panel(up_out, f, row, rows, panel / 2);
+      };
+      const auto store = [&](const Tile& tile) { for_gated_tile(tile, f, finish); };
+      gemm<Mode>(threads, a.m, &product, 1, 2, PrefetchingEpilogue{prefetch, store});
     });
     dense_affine<Mode>(threads, MatrixView<X>{h, f, 1}, w_down, nullptr,
                        DenseOutput::finished(a.y, a.y_dtype, a.finish), a.m, a.n, f);
@@ -82,7 +88,14 @@ void gated_mlp_backward(const GatedMlpBwdArgs& a, const Threads& threads) {
     const HiddenOperand<Mode, X> dgate(m, f, a.dx != nullptr, a.dw_gate != nullptr);
     const HiddenOperand<Mode, X> dup(m, f, a.dx != nullptr, a.dw_up != nullptr);
     with_activation(a.activation, [&](auto tag) {
-      dense_product_across<Mode>(threads, dy, w_down, m, a.n, f, [&](const Tile& tile) {
+      const auto prefetch = [&](int64_t row, int64_t rows, int64_t panel) {
+        prefetch_panel<false>(gate_in, f, row, rows, panel);
+        prefetch_panel<false>(up_in, f, row, rows, panel);
+        h.prefetch(row, rows, panel);
+        dgate.prefetch(row, rows, panel);
+        dup.prefetch(row, rows, panel);
+      };
+      const auto differentiate = [&](const Tile& tile) {
         for_row_pairs(tile, f, [&](int64_t row, int64_t col, int lanes, Vec dh0, Vec dh1) {
           Vec gate[2], up[2];
           load_pair(gate_in, m, f, row, col, lanes, gate);
@@ -93,7 +106,8 @@ void gated_mlp_backward(const GatedMlpBwdArgs& a, const Threads& threads) {
           dgate.store_pair(row, col, lanes, dh0 * up[0] * first.slope, dh1 * up[1] * second.slope);
           dup.store_pair(row, col, lanes, dh0 * first.value, dh1 * second.value);
         });
-      });
+      };
+      dense_product_across<Mode>(threads, dy, w_down, m, a.n, f, PrefetchingEpilogue{prefetch, differentiate});
     });
     if (a.dw_down) wgrad_of_hidden(threads, dy, h, static_cast<W*>(a.dw_down), m, a.n, f);
     if (a.dw_gate) hidden_wgrad(threads, dgate, x, static_cast<W*>(a.dw_gate), m, f, a.k);

@@ -39,7 +39,12 @@ void mlp_backward(const MlpBwdArgs& a, const Threads& threads) {
     const HiddenOperand<Mode, X> h(m, f, false, a.dw2 != nullptr);
     const HiddenOperand<Mode, X> dpre(m, f, a.dx.dx != nullptr, a.dw1 != nullptr, a.db1 != nullptr);
     with_activation(a.activation, [&](auto tag) {
-      dense_product_across<Mode>(threads, dy, w2, m, a.n, f, [&](const Tile& tile) {
+      const auto prefetch = [&](int64_t row, int64_t rows, int64_t panel) {
+        prefetch_panel<false>(pre, f, row, rows, panel);
+        h.prefetch(row, rows, panel);
+        dpre.prefetch(row, rows, panel);
+      };
+      const auto differentiate = [&](const Tile& tile) {
         for_row_pairs(tile, f, [&](int64_t row, int64_t col, int lanes, Vec dh0, Vec dh1) {
           Vec p[2];
           load_pair(pre, m, f, row, col, lanes, p);
@@ -48,7 +53,8 @@ void mlp_backward(const MlpBwdArgs& a, const Threads& threads) {
           h.store_pair(row, col, lanes, first.value, second.value);
           dpre.store_pair(row, col, lanes, dh0 * first.slope, dh1 * second.slope);
         });
-      });
+      };
+      dense_product_across<Mode>(threads, dy, w2, m, a.n, f, PrefetchingEpilogue{prefetch, differentiate});
     });
     if (a.db2) column_sums(threads, dy, m, a.n, a.db2);
     if (a.db1) dpre.add_sums(threads, a.db1);
