@@ -36,6 +36,19 @@ def test_keeps_the_inputs_only(spec: Spec) -> None:
     assert kept_elements(recompute=False) > 0
 
 
+def test_an_mlp_with_relu_keeps_nothing_but_its_hidden_layers() -> None:
+    model, x = models.MLP([8, 16, 12, 4]), torch.randn(32, 8)
+    own = {t.data_ptr() for t in (x, *model.parameters())}
+    kept = {}  # what is kept twice takes memory once
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
+        y = model(x)
+    assert sum(kept[at] for at in kept.keys() - own) == 32 * (16 + 12)
+    found = torch.autograd.grad(y.square().sum(), list(model.parameters()))
+    plain = torch.nn.Sequential(*model)
+    expected = torch.autograd.grad(plain(x).square().sum(), list(plain.parameters()))
+    torch.testing.assert_close(found, expected)
+
+
 # ---- layers of models ----
 
 

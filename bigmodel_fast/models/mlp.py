@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..ops._mlp_fused import mlp_fused
+from ..ops.linear import hidden_linear
 
 
 class ReLU2(torch.nn.Module):
@@ -45,7 +45,7 @@ class DenseLayer:
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in] to [N, out]."""
-        y = ops.linear(x, self.linear.weight, self.linear.bias, activation=self.activation)
+        y = hidden_linear(x, self.linear.weight, self.linear.bias, activation=self.activation)
         return y if self.dropout is None else self.dropout(y)
 
 

@@ -84,6 +84,11 @@ def class_numbers(op: str, name: str, t: Tensor, beside: Tensor, classes: int, i
         )
 
 
+def in_cpu_autocast() -> bool:
+    """As torch.is_autocast_enabled("cpu"), in a third of its time where there is no autocast at all."""
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu")
+
+
 def autocast_dtype(t: Tensor) -> torch.dtype | None:
     """The dtype of the active autocast region on t's device, None outside of one or for float64."""
     if t.dtype is not torch.float64 and torch.is_autocast_enabled(t.device.type):

@@ -16,12 +16,10 @@ def output_dtype(x: Tensor) -> torch.dtype:
 
 
 def small(op: str, function: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor | None:
-    """function(x, shape, *args), torch's own norm, if x is small and comes in the output's dtype; else None."""
-    if not isinstance(x, Tensor) or (
-        torch.is_autocast_enabled("cpu") and x.dtype is not torch.get_autocast_dtype("cpu")
-    ):
+    """function(x, *args), torch's own norm, if x is small and comes in the output's dtype; else None."""
+    if not isinstance(x, Tensor) or (_checks.in_cpu_autocast() and x.dtype is not torch.get_autocast_dtype("cpu")):
         return None
-    return _dispatch.small(op, function, x, x.numel(), x, x.shape[-1:], *args)
+    return _dispatch.small(op, function, x, x.numel(), x, *args)
 
 
 def uncovered(dtype: torch.dtype, x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> str | None:

@@ -21,9 +21,10 @@ def reference(
     return y if residual is None else (y, s)
 
 
-def _plain(x: Tensor, shape: torch.Size, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def _plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    shape = (x.shape[-1],)
     # In x's dtype torch would sum the gradients of wider parameters; of one row there is nothing to sum.
-    if weight is None or weight.dtype is x.dtype or x.numel() == x.shape[-1] or not _dense.needs_grad(weight, bias):
+    if weight is None or weight.dtype is x.dtype or x.numel() == shape[0] or not _dense.needs_grad(weight, bias):
         return torch.layer_norm(x, shape, weight, bias, eps)
     if not x.is_floating_point():
         raise TypeError("torch.layer_norm does not take these")

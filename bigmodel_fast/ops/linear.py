@@ -36,7 +36,7 @@ def _small(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """x W^T + b by torch, if that is few multiply-adds in float32; else None."""
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and weight.dim() == 2):
         return None
-    if x.dtype is not torch.float32 or torch.is_autocast_enabled("cpu"):
+    if x.dtype is not torch.float32 or _checks.in_cpu_autocast():
         return None
     return _dispatch.small("linear", _plain, x, x.numel() * weight.shape[0], x, weight, bias)
 
@@ -74,13 +74,13 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, residual, seed, ctx.activation, _, ctx.dropout_p = inputs
-        _, pre = output
+        x, weight, bias, residual, seed, ctx.activation, save_pre, ctx.dropout_p = inputs
+        y, pre = output
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.mark_non_differentiable(pre)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, pre, seed)
+        ctx.save_for_backward(x, weight, y if ctx.activation == "relu" and not save_pre else pre, seed)
 
     @staticmethod
     @once_differentiable
@@ -91,7 +91,7 @@ class _Linear(torch.autograd.Function):
         wants = ctx.needs_input_grad[:3]
         before = _dense.before_finish(dy, seed, ctx.dropout_p, x.dtype)
         dx, dweight, dbias = torch.ops.bigmodel_fast.linear_bwd(
-            before, _dense.rows(x), _dense.rows(weight), pre, ctx.activation, wants
+            before, _dense.rows(x), _dense.rows(weight), _dense.rows(pre), ctx.activation, wants
         )
         return (
             dx.view(x.shape) if wants[0] else None,
@@ -129,6 +129,23 @@ def linear(
         TypeError: an argument is no floating-point tensor.
         ValueError: shapes or devices do not fit together, or the activation is unknown.
     """
+    return _linear(x, weight, bias, activation, dropout_p, residual, kept=False)
+
+
+def hidden_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str | None) -> Tensor:
+    """linear for an output that nobody changes in place: with relu, backward reads it and nothing else is saved."""
+    return _linear(x, weight, bias, activation, 0.0, None, kept=True)
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    dropout_p: float,
+    residual: Tensor | None,
+    kept: bool,
+) -> Tensor:
     bare = activation is None and dropout_p == 0 and residual is None
     if bare and (y := _small(x, weight, bias)) is not None:
         return y
@@ -144,6 +161,8 @@ def linear(
         reason = _dispatch.too_few("linear", x, x.numel() * weight.shape[0])
     if not _dispatch.use_native("linear", reason, x):
         return reference(x, weight, bias, activation=activation, dropout_p=dropout_p, residual=residual)
-    save_pre = activation is not None and _dense.needs_grad(x, weight, bias)
+    # The output of relu is positive where its input is, so backward can do without what came before it.
+    of_output = kept and activation == "relu" and dropout_p == 0 and residual is None
+    save_pre = activation is not None and not of_output and _dense.needs_grad(x, weight, bias)
     seed = _dense.draw_seed(dropout_p, x.device)
     return apply(_Linear, x, weight, bias, residual, seed, activation or "none", save_pre, dropout_p)[0]

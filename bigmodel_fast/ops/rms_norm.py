@@ -18,9 +18,10 @@ def reference(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor 
     return y if residual is None else (y, s)
 
 
-def _plain(x: Tensor, shape: torch.Size, weight: Tensor, eps: float) -> Tensor:
+def _plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if not (isinstance(weight, Tensor) and x.is_floating_point()):
         raise TypeError("torch takes these too")
+    shape = (x.shape[-1],)
     if x.dtype is weight.dtype:
         return torch.rms_norm(x, shape, weight, eps)
     wide = torch.promote_types(x.dtype, weight.dtype)  # which torch does by itself, with a warning

@@ -15,7 +15,7 @@
 
 namespace bmf::BMF_ISA {
 
-constexpr int64_t kTileRows = 96, kFewestTileRows = 24, kTilePanels = 4;  // rows: even multiples of kFewestTileRows
+constexpr int64_t kTileRows = 96, kFewestTileRows = 12, kTilePanels = 4;  // rows: even multiples of kFewestTileRows
 // Units of k summed in one sweep of a tile. 96 rows and 4 panels of 512 are 704 KiB, which leaves L2 (1 MiB) room for
 // C; floats take half of it, because one sum of 512 of them would round off more than plain torch's.
 template <class Mode>
@@ -44,7 +44,7 @@ class OperandA {
     stride_ = padded_stride();
     // Blocks of rows and k, so that a transposed source is read in runs of a cache line or more.
     const int64_t row_blocks = ceil_div(m, kCopyRows), unit_blocks = ceil_div(units_, kCopyUnits);
-    parallel_tasks(threads, row_blocks * unit_blocks, [&](int64_t task, int) {
+    parallel_shares(threads, row_blocks * unit_blocks, [&](int64_t task, int) {
       const int64_t row = task / unit_blocks * kCopyRows, unit = task % unit_blocks * kCopyUnits;
       const int64_t from = unit * Mode::kPerUnit, units = smaller(kCopyUnits, units_ - unit);
       const int64_t elements = smaller(units * Mode::kPerUnit, k - from);
@@ -140,7 +140,7 @@ class OperandB {
   template <class T>
   void pack(const Threads& threads, const MatrixView<T>* sources, int64_t k) {
     const int64_t k_blocks = ceil_div(units_, kSweepUnits<Mode>);
-    parallel_tasks(threads, count() * k_blocks, [&](int64_t task, int) {
+    parallel_shares(threads, count() * k_blocks, [&](int64_t task, int) {
       const int64_t index = task / k_blocks, unit = task % k_blocks * kSweepUnits<Mode>;
       const int64_t from = unit * Mode::kPerUnit, col = index / sources_ * kPanel;
       const MatrixView<T>& source = sources[index % sources_];
@@ -224,7 +224,7 @@ inline void gemm(const Threads& threads, int64_t m, const Product<Mode>* product
   const int64_t row_blocks = ceil_div(m, tile_rows);
   const int64_t tile_bytes = kTileRows * Tile::stride * 4;
   const Scratch tiles(tile_bytes * threads.count);
-  parallel_tasks(threads, tasks(), [&](int64_t task, int thread) {
+  parallel_shares(threads, tasks(), [&](int64_t task, int thread) {
     // Row blocks inside: consecutive tasks share the B panels, which are the larger part of what a tile reads.
     const int64_t panel = task / row_blocks * tile_panels, row = task % row_blocks * tile_rows;
     float* sums = tiles.at<float>(tile_bytes * thread);

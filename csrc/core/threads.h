@@ -62,5 +62,24 @@ inline void parallel_tasks(const Threads& threads, int64_t n, const Body& f) {
   parallel(threads, count, body);
 }
 
+// As parallel_tasks, but each thread begins with a share of its own, a run of neighbouring tasks in the same part of
+// [0, n) for every n, and then helps the others: what it wrote in the task of an earlier call is still in its caches,
+// where another thread's may be as far away as memory.
+template <class Body>
+inline void parallel_shares(const Threads& threads, int64_t n, const Body& f) {
+  constexpr int kMostShares = 64;
+  const int count = static_cast<int>(n < threads.count ? n : threads.count);
+  const int shares = count < kMostShares ? count : kMostShares;
+  TaskCounter counters[kMostShares];
+  auto body = [&](int thread) {
+    for (int i = 0; i < shares; ++i) {
+      const int share = (thread + i) % shares;
+      const int64_t begin = n * share / shares, size = n * (share + 1) / shares - begin;
+      for (int64_t task = counters[share].take(); task < size; task = counters[share].take()) f(begin + task, thread);
+    }
+  };
+  parallel(threads, count, body);
+}
+
 }  // namespace bmf::BMF_ISA
 #endif

@@ -365,7 +365,7 @@ inline void dense_wgrad(const Threads& threads, const MatrixView<X>& g, const Ma
   const OperandB<Mode> panels(m, n);
   const int64_t blocks = ceil_div(m, kSumRows), stride = ceil_div(n, kPanel) * kPanel;
   const Scratch partials(db ? blocks * stride * 4 : 0);
-  parallel_tasks(threads, panels.count() * blocks, [&](int64_t task, int) {
+  parallel_shares(threads, panels.count() * blocks, [&](int64_t task, int) {
     const int64_t col = task / blocks * kPanel, row = task % blocks * kSumRows, rows = smaller(kSumRows, m - row);
     const int cols = panels.columns(task / blocks);
     const MatrixView<X> part{g.at(row, 0), g.row_stride, g.col_stride};

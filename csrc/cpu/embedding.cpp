@@ -41,9 +41,12 @@ void embedding_backward(const EmbeddingGradArgs& args, const Threads& threads) {
   for (int64_t v = args.classes; v > 0; --v) first[v] = first[v - 1];
   first[0] = 0;
 
-  constexpr int64_t kClasses = 64, kColumns = 256;  // of one task: frequent classes are divided by columns
+  // Of one task: few classes still make even shares, and frequent ones are divided by columns.
+  constexpr int64_t kColumns = 256, kMostClasses = 64, kFewestTasks = 32;
+  const int64_t some = args.classes / kFewestTasks;
+  const int64_t task_classes = some < 1 ? 1 : some < kMostClasses ? some : kMostClasses;
   const int64_t column_blocks = (args.width + kColumns - 1) / kColumns;
-  const int64_t class_blocks = (args.classes + kClasses - 1) / kClasses;
+  const int64_t class_blocks = (args.classes + task_classes - 1) / task_classes;
   with_type(args.dtype, [&](auto out_type) {
     using W = decltype(out_type);
     with_type(args.grad_out.dtype, [&](auto grad_type) {
@@ -52,15 +55,24 @@ void embedding_backward(const EmbeddingGradArgs& args, const Threads& threads) {
       W* out = static_cast<W*>(args.grad_weight);
       const bool past = past_caches(out, args.classes, args.width * sizeof(W), args.width * sizeof(W));
       parallel_tasks(threads, class_blocks * column_blocks, [&](int64_t task, int) {
-        const int64_t from = task % column_blocks * kColumns, from_class = task / column_blocks * kClasses;
+        const int64_t from = task % column_blocks * kColumns, from_class = task / column_blocks * task_classes;
         const int64_t columns = args.width - from < kColumns ? args.width - from : kColumns;
-        for (int64_t v = from_class; v < from_class + kClasses && v < args.classes; ++v)
-          for_lanes(columns, [&](int64_t c, int lanes) {
-            Vec total{};
-            for (int64_t i = first[v]; i < first[v + 1]; ++i)
-              total += load_lanes(grad + position[i] * args.grad_out.stride + from + c, lanes);
-            store_lanes(out + v * args.width + from + c, total, lanes, past);
-          });
+        const auto sum = [&](auto registers, int64_t v, int64_t col, int lanes) {
+          constexpr int kRegisters = registers;
+          Vec total[kRegisters] = {};
+          for (int64_t i = first[v]; i < first[v + 1]; ++i)
+            for (int r = 0; r < kRegisters; ++r)
+              total[r] += load_lanes(grad + position[i] * args.grad_out.stride + col + r * kLanes, lanes);
+          for (int r = 0; r < kRegisters; ++r)
+            store_lanes(out + v * args.width + col + r * kLanes, total[r], lanes, past);
+        };
+        for (int64_t v = from_class; v < from_class + task_classes && v < args.classes; ++v) {
+          constexpr std::integral_constant<int, 8> kAtOnce{};  // registers, whose sums do not wait for each other
+          int64_t c = 0;
+          for (; c + kAtOnce * kLanes <= columns; c += kAtOnce * kLanes) sum(kAtOnce, v, from + c, kLanes);
+          for_lanes(columns - c,
+                    [&](int64_t i, int lanes) { sum(std::integral_constant<int, 1>{}, v, from + c + i, lanes); });
+        }
         if (past) end_streams();
       });
     });
