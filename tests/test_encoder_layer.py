@@ -54,9 +54,9 @@ def plain(x: Tensor, w: Weights, shape: Shape, starts: Tensor | None = None, len
 def results(layer: Layer, dtype: torch.dtype, autocast: bool, tokens: str, shape: Shape = SHAPE) -> list[Tensor]:
     """Output, and the gradients of x and of all weights."""
     w, generator = make_weights(dtype), torch.Generator().manual_seed(0)
-    size = (1, int(STARTS[-1]), WIDTH) if tokens == "packed" else (B, S, WIDTH)
+    size = {"packed": (1, int(STARTS[-1]), WIDTH), "one": (1, 1, WIDTH)}.get(tokens, (B, S, WIDTH))
     x = torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    options = {"packed": {"starts": STARTS}, "padded": {"lengths": LENGTHS}, "full": {}}[tokens]
+    options = {"packed": {"starts": STARTS}, "padded": {"lengths": LENGTHS}}.get(tokens, {})
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = layer(x, w, shape, **options)
     assert y is not None
@@ -69,7 +69,7 @@ def scale_of(name: str, expected: list[Tensor]) -> float | None:
     return numerics.largest(expected[RESULTS.index("query_bias")]) if name == "key_bias" else None
 
 
-@pytest.mark.parametrize("tokens", ["full", "padded", "packed"])
+@pytest.mark.parametrize("tokens", ["full", "padded", "packed", "one"])
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "autocast"])
 def test_as_near_as_eager(kind: str, tokens: str) -> None:
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32

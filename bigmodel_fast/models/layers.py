@@ -202,6 +202,9 @@ class EncoderLayer(Layer):
     def _at_once(self, x: Tensor, starts: Tensor | None) -> Tensor | None:
         """The layer as one function to autograd; None where that is not possible, or a part has hooks."""
         attention, out = self.self_attn, self.self_attn.out_proj
+        sharded = type(attention.in_proj_weight) is not torch.nn.Parameter  # its parts would have to be sent around
+        if not x.is_cpu or sharded or torch.compiler.is_compiling():
+            return None
         if any(m._forward_hooks or m._forward_pre_hooks for m in self.modules() if m is not self):
             return None
         matrices = (*attention.in_proj_weight.chunk(3), out.weight, self.linear1.weight, self.linear2.weight)

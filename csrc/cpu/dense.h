@@ -251,6 +251,10 @@ struct StoreInputGradient {
   T* dx;
   const T* residual;  // or null
   int64_t k;
+  void prefetch(int64_t row, int64_t rows, int64_t panel) const {
+    prefetch_panel(dx, k, row, rows, panel);
+    if (residual) prefetch_panel<false>(residual, k, row, rows, panel);
+  }
   void operator()(const Tile& tile) const {
     for_tile(tile, k, [&](int64_t row, int64_t col, int lanes, Vec v) {
       if (residual) v += load_lanes(residual + row * k + col, lanes);
