@@ -138,8 +138,10 @@ def test_padding_is_not_computed(family: str, padding: str, monkeypatch) -> None
         return original(x, *args, **options)
 
     def counting_layer(x: Tensor, *args: Any, **options: Any) -> Any:
-        rows.append(x.shape[:-1].numel())
-        return encoder_layer(x, *args, **options)
+        y = encoder_layer(x, *args, **options)
+        assert y is not None
+        rows.append(y.shape[:-1].numel())
+        return y
 
     monkeypatch.setattr(ops, mlp, counting)
     monkeypatch.setattr(post_norm, "encoder_layer", counting_layer)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ..ops._checks import ACTIVATIONS
 from ..ops._encoder_layer import Shape, Weights, encoder_layer
 from . import interface, packing, swap
+from .unpad import FIRST
 
 _UNREAD = ("position_ids", "num_items_in_batch", "return_dict", "use_cache")  # given to layers that do not read them
 
@@ -45,8 +46,10 @@ def _refused(parts: Parts) -> bool:
 def run(parts: Parts, x: Tensor, mask: Tensor | None, given: dict[str, Any]) -> Tensor | None:
     """The layer's output for x [B, S, width] and a mask of transformers or of a packed batch; None: call the parts.
 
-    given: other arguments of the layer's forward.
+    given: other arguments of the layer's forward; with FIRST only the first token of each sequence is asked for.
     """
+    given = dict(given)
+    first = given.pop(FIRST, False)
     if any(value is not None and value is not False and name not in _UNREAD for name, value in given.items()):
         return None
     sight = None if mask is None else interface.sight_of(mask)
@@ -69,7 +72,7 @@ def run(parts: Parts, x: Tensor, mask: Tensor | None, given: dict[str, Any]) -> 
         dropout2=_probability(parts.dropouts[2]),
     )
     lengths = None if sight is None else sight["key_lengths"]
-    return encoder_layer(x, Weights._make((*weights, *norms)), shape, starts=starts, lengths=lengths)
+    return encoder_layer(x, Weights._make((*weights, *norms)), shape, starts=starts, lengths=lengths, first=first)
 
 
 def _probability(dropout: Any) -> float:

@@ -62,13 +62,16 @@ def encoder_layer(
     *,
     starts: Tensor | None = None,
     lengths: Tensor | None = None,
+    first: bool = False,
 ) -> Tensor | None:
     """The layer's output, as x in shape and dtype; None if the operators have to be called one by one.
 
     Args:
-        x: [B, S, width], contiguous; or [..., width] with `starts`, the tokens of sequences one after the other.
+        x: [B, S, width], contiguous; or [1, tokens, width] with `starts`, the tokens of sequences one after the other
+            (without `first` also [tokens, width]).
         starts: [sequences + 1], int32 or int64, rising from 0 to the number of tokens.
         lengths: [B], int32 or int64: how many keys of each sequence there are.
+        first: only the first token of each sequence is asked for: [B, 1, width], or [1, sequences, width].
     """
     dtype = _checks.autocast_dtype(x) or x.dtype
     if not x.is_cpu or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -88,8 +91,13 @@ def encoder_layer(
     if any(dropouts):
         drawn = torch.randint(1 << 62, (3, 1), dtype=torch.int64).unbind()
         seeds = [seed if p else None for seed, p in zip(drawn, dropouts, strict=True)]
+    rows, query_starts = None, starts
+    if first and starts is not None:
+        rows, query_starts = starts[:-1], torch.arange(len(starts))
+    elif first:
+        rows = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1])
     keeps = _dense.needs_grad(x, *weights)
-    return _EncoderLayer.apply(x, starts, lengths, dtype, shape, seeds, keeps, *weights)
+    return _EncoderLayer.apply(x, rows, query_starts, starts, lengths, dtype, shape, seeds, keeps, *weights)
 
 
 class _EncoderLayer(torch.autograd.Function):
@@ -97,6 +105,8 @@ class _EncoderLayer(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        rows: Tensor | None,
+        query_starts: Tensor | None,
         starts: Tensor | None,
         lengths: Tensor | None,
         dtype: torch.dtype,
@@ -109,10 +119,15 @@ class _EncoderLayer(torch.autograd.Function):
         stream = _dense.rows(x)
         narrow = stream.to(dtype)
         biases = [_dense.wide(w.query_bias), _dense.wide(w.key_bias), _dense.wide(w.value_bias)]
-        qkv = call.linears_fwd(narrow, [w.query, w.key, w.value], biases)
+        if rows is None:
+            asking, qkv = narrow, call.linears_fwd(narrow, [w.query, w.key, w.value], biases)
+        else:
+            stream, asking = stream.index_select(0, rows), narrow.index_select(0, rows)
+            qkv = call.linears_fwd(asking, [w.query], biases[:1])
+            qkv += call.linears_fwd(narrow, [w.key, w.value], biases[1:])
         q, k, v = (_heads(t, x, shape, starts) for t in qkv)
         options = (shape.scale, 0.0, *_SEES_ALL, shape.attention_dropout)
-        tensors = (None, lengths, starts, starts, seeds[0])
+        tensors = (None, lengths, query_starts, starts, seeds[0])
         attended, stats = call.attention_fwd(q, k, v, None, *tensors, *options)
         sum1, _ = call.linear_fwd(
             _tokens(attended, starts), w.out, _dense.wide(w.out_bias), "none", False, stream, seeds[1], shape.dropout1
@@ -127,21 +142,21 @@ class _EncoderLayer(torch.autograd.Function):
             y_narrow, w.up, biases[0], w.down, biases[1], shape.activation, keeps, y, seeds[2], shape.dropout2
         )
         z, _, mean2, rstd2 = call.layer_norm_fwd(sum2, w.norm2, w.norm2_bias, None, shape.eps2, x.dtype)
-        ctx.shape, ctx.dtype, ctx.options = shape, dtype, options
+        ctx.shape, ctx.dtype, ctx.options, ctx.x_shape = shape, dtype, options, x.shape
         ctx.save_for_backward(
-            *(narrow, q, k, v, attended, stats, sum1, mean1, rstd1, y_narrow, pre, sum2, mean2, rstd2),
-            *(lengths, starts, *seeds, *weights),
+            *(narrow, asking, q, k, v, attended, stats, sum1, mean1, rstd1, y_narrow, pre, sum2, mean2, rstd2),
+            *(rows, query_starts, starts, lengths, *seeds, *weights),
         )
-        return z.view(x.shape)
+        return z.view(x.shape if rows is None else (x.shape[0], -1, x.shape[-1]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> Any:
-        (narrow, q, k, v, attended, stats, sum1, mean1, rstd1, y_narrow, pre, sum2, mean2, rstd2, *rest) = (
+        narrow, asking, q, k, v, attended, stats, sum1, mean1, rstd1, y_narrow, pre, sum2, mean2, rstd2, *rest = (
             ctx.saved_tensors
         )
-        lengths, starts, *seeds = rest[:5]
-        w, call, shape, dtype = Weights(*rest[5:]), torch.ops.bigmodel_fast, ctx.shape, ctx.dtype
+        rows, query_starts, starts, lengths, *seeds = rest[:7]
+        w, call, shape, dtype = Weights(*rest[7:]), torch.ops.bigmodel_fast, ctx.shape, ctx.dtype
         wants = Weights(*ctx.needs_input_grad[-len(w) :])
 
         def norm_bwd(grad: Tensor, total: Tensor, weight: Tensor, stats: list[Tensor], seed: Any, p: float) -> Any:
@@ -164,27 +179,37 @@ class _EncoderLayer(torch.autograd.Function):
             [True, wants.out, wants.out_bias],
         )
         dqkv = call.attention_bwd(
-            *(_heads(dattended, dz, shape, starts), q, k, v, attended, stats, None, None, lengths, starts, starts),
-            *(seeds[0], *ctx.options, (), False),
+            *(_heads(dattended, dz, shape, starts), q, k, v, attended, stats, None, None, lengths),
+            *(query_starts, starts, seeds[0], *ctx.options, (), False),
         )
-        wanted = [True, wants.query, wants.key, wants.value, wants.query_bias, wants.key_bias, wants.value_bias]
-        dx, dquery, dkey, dvalue, dquery_bias, dkey_bias, dvalue_bias = call.linears_bwd(
-            *([_tokens(t, starts) for t in dqkv[:3]], narrow, [w.query, w.key, w.value], dsum1.dtype, wanted, dsum1),
-        )
+        dqkv = [_tokens(t, starts) for t in dqkv[:3]]
+        wanted = [wants.query, wants.key, wants.value, wants.query_bias, wants.key_bias, wants.value_bias]
+        if rows is None:
+            dx, dquery, dkey, dvalue, dquery_bias, dkey_bias, dvalue_bias = call.linears_bwd(
+                dqkv, narrow, [w.query, w.key, w.value], dsum1.dtype, [True, *wanted], dsum1
+            )
+        else:
+            dx, dkey, dvalue, dkey_bias, dvalue_bias = call.linears_bwd(
+                dqkv[1:], narrow, [w.key, w.value], dsum1.dtype, [True, *wanted[1:3], *wanted[4:]]
+            )
+            dasking, dquery, dquery_bias = call.linears_bwd(
+                dqkv[:1], asking, [w.query], dsum1.dtype, [True, wanted[0], wanted[3]], dsum1
+            )
+            dx.index_add_(0, rows, dasking)
         grads = Weights(
             *(dquery, dkey, dvalue, dout, dup, ddown),
             *(dquery_bias, dkey_bias, dvalue_bias, dout_bias, dup_bias, ddown_bias),
             *(dnorm1, dnorm1_bias, dnorm2, dnorm2_bias),
         )
         of_weights = (g.to(t.dtype) if want else None for g, t, want in zip(grads, w, wants, strict=True))
-        return dx.view(dz.shape), *(None,) * 6, *of_weights
+        return dx.view(ctx.x_shape), *(None,) * 8, *of_weights
 
 
 def _heads(t: Tensor, x: Tensor, shape: Shape, starts: Tensor | None) -> Tensor:
-    """[tokens, H D] to [tokens, H, D] with starts, else to [B, H, S, D]; x: [B, S, width]."""
+    """[tokens, H D] to [tokens, H, D] with starts, else to [B, H, tokens of each, D]; x: [B, S, width]."""
     if starts is not None:
         return t.view(len(t), -1, shape.head_dim)
-    return t.view(*x.shape[:2], -1, shape.head_dim).transpose(1, 2)
+    return t.view(x.shape[0], -1, t.shape[-1] // shape.head_dim, shape.head_dim).transpose(1, 2)
 
 
 def _tokens(t: Tensor, starts: Tensor | None) -> Tensor:
