@@ -17,7 +17,7 @@ namespace bmf::BMF_ISA {
 namespace {
 
 constexpr int64_t kLogitsBytes = int64_t{104} << 20, kFewestTokens = 256;
-constexpr int64_t kMostBlockClasses = 4096;
+constexpr int64_t kMostBlockClasses = 3072;
 constexpr int64_t kRowsAtOnce = 32;  // differentiated together: as many pages are read at a time
 constexpr float kLowest = -3.402823466e38f;
 
@@ -48,13 +48,12 @@ class Chunks {
         panels_(stride_ / kPanel),
         blocks_(ceil_div(args.classes, kMostBlockClasses)),
         block_classes_(ceil_div(panels_, blocks_) * kPanel),
-        row_stride_(block_classes_ + 64),
         x_stride_(units_of<Mode>(args.width) * Mode::kPerUnit),
         in_dweight_(smaller(tokens_in_dweight(), used_count)),
         chunk_(chunk_tokens(used_count - in_dweight_)),
         most_(larger(in_dweight_, chunk_)),
         x_(in_order_ ? 0 : most_ * x_stride_ * sizeof(Element)),
-        logits_(grads_ ? blocks_ * chunk_ * row_stride_ * sizeof(Element) : 0),
+        logits_(grads_ ? blocks_ * chunk_ * row_stride(0) * sizeof(Element) : 0),
         stats_(most_ * panels_ * sizeof(PanelStats)),
         plain_sums_(smooth_ ? most_ * panels_ * sizeof(float) : 0),
         tokens_(most_ * sizeof(Token)),
@@ -74,13 +73,18 @@ class Chunks {
   };
 
   int64_t classes_of(int64_t block) const { return smaller(block_classes_, args_.classes - block * block_classes_); }
+  // Of a block's logits: not a power of two, or rows would share cache sets.
+  int64_t row_stride(int64_t block) const { return ceil_div(classes_of(block), kPanel) * kPanel + 64; }
 
   // How many tokens' logits fit where dW will be, every block's in its own block; 0 if they are too few for a chunk.
   int64_t tokens_in_dweight() const {
     if (args_.dweight == nullptr) return 0;
-    const int64_t fit = classes_of(blocks_ - 1) * args_.width * static_cast<int64_t>(sizeof(float)) /
-                        (row_stride_ * static_cast<int64_t>(sizeof(Element)));  // the last block is the smallest
-    return fit < kFewestTokens ? 0 : fit;
+    const auto fit = [&](int64_t block) {
+      return classes_of(block) * args_.width * static_cast<int64_t>(sizeof(float)) /
+             (row_stride(block) * static_cast<int64_t>(sizeof(Element)));
+    };
+    const int64_t fewest = smaller(fit(0), fit(blocks_ - 1));  // all blocks but the last are alike
+    return fewest < kFewestTokens ? 0 : fewest;
   }
 
   int64_t chunk_tokens(int64_t left) const {
@@ -95,8 +99,8 @@ class Chunks {
     const int64_t block = col / block_classes_;
     Element* begin = in_dweight_ > 0 && first_chunk_
                          ? reinterpret_cast<Element*>(args_.dweight + block * block_classes_ * args_.width)
-                         : logits_.template at<Element>(block * chunk_ * row_stride_ * sizeof(Element));
-    return begin + row * row_stride_;
+                         : logits_.template at<Element>(block * chunk_ * row_stride(0) * sizeof(Element));
+    return begin + row * row_stride(block);
   }
   PanelStats* stats(int64_t row) const { return stats_.template at<PanelStats>(0) + row * panels_; }
   float* plain_sums(int64_t row) const { return plain_sums_.template at<float>(0) + row * panels_; }
@@ -128,7 +132,7 @@ class Chunks {
       parallel_tasks(threads_, ceil_div(count, kRowsAtOnce), [&](int64_t task, int) {
         differentiate(task * kRowsAtOnce, smaller(count, (task + 1) * kRowsAtOnce), col, cols, panels);
       });
-      const MatrixView<Element> g{logits(0, col), row_stride_, 1};
+      const MatrixView<Element> g{logits(0, col), row_stride(col / block_classes_), 1};
       if (args_.dbias) add_bias_gradient(g, first, count, col, cols);
       if (args_.dx) add_input_gradient(g, first, count, col, cols);
       if (keeps_panels_) add_weight_gradient(x_columns, panels, first, col, cols);
@@ -325,7 +329,6 @@ class Chunks {
   const bool capped_, smooth_;
   const float inverse_;  // of the softcap
   const int64_t stride_, panels_, blocks_, block_classes_;
-  const int64_t row_stride_;  // of a block's rows: not a power of two, or they would share cache sets
   const int64_t x_stride_;
   const int64_t in_dweight_, chunk_, most_;  // tokens of the first chunk if dW lends it memory, of the others, of any
   const Scratch x_, logits_, stats_, plain_sums_, tokens_, dx_, dbias_;
