@@ -126,6 +126,37 @@ def test_a_layer_is_one_function_unless_a_part_is_not_itself(part: str) -> None:
     assert len(seen) == (3 if part in WATCHED else 0)  # of the stock model in two dtypes, and of ours
 
 
+def test_dropout_of_attention_is_the_modules() -> None:
+    """Only dropout modules put into training, as for Monte Carlo dropout: attention keeps its weights."""
+    model = make("BertForSequenceClassification", attention_probs_dropout_prob=0.5).eval()
+    given = inputs("BertForSequenceClassification", "full")
+    bmf.accelerate(model)
+    expected = model(**given).logits
+    for m in model.modules():
+        if isinstance(m, nn.Dropout):
+            m.train(m.p == 0.5)
+    assert torch.equal(model(**given).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["FNet", "BlipText"])
+def test_layers_like_berts_with_another_forward(kind: str) -> None:
+    """Their MLP is replaced, and nothing else of them."""
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 1, "intermediate_size": 40}
+    if kind == "FNet":
+        config = transformers.FNetConfig(**shape, hidden_dropout_prob=0.0)
+    else:
+        config = transformers.BlipTextConfig(
+            **shape, num_attention_heads=3, encoder_hidden_size=24, projection_dim=8, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, is_decoder=False,
+        )  # fmt: skip
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    tokens = draw(VOCABULARY, B, S)
+    expected = model(input_ids=tokens).last_hidden_state
+    report = bmf.accelerate(model)
+    assert any("activation, dropout and residual in one" in row.why for row in report.accelerated)
+    torch.testing.assert_close(model(input_ids=tokens).last_hidden_state, expected)
+
+
 def test_without_unpadding() -> None:
     name = "BertForSequenceClassification"
     bmf.explain(reset=True)

@@ -166,7 +166,31 @@ def test_checkpointing() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("case", ["float64", "mixed weights", "a subclass", "not contiguous", "everything dropped"])
+def test_the_output_may_be_changed_in_place() -> None:
+    w, x = make_weights(), torch.randn(B, S, WIDTH)
+    y = encoder_layer(x, w, SHAPE)
+    assert y is not None
+    expected = torch.autograd.grad(y.mul(2).sum(), w.norm2_bias)
+    again = encoder_layer(x, w, SHAPE)
+    assert again is not None
+    again.mul_(2)
+    assert torch.equal(torch.autograd.grad(again.sum(), w.norm2_bias)[0], expected[0])
+
+
+def test_wrong_input() -> None:
+    w, x = make_weights(), torch.randn(1, 9, WIDTH)
+    with pytest.raises(ValueError, match="starts must rise from 0 to the number of tokens, 9"):
+        encoder_layer(x, w, SHAPE, starts=torch.tensor([0, 4]))
+    with pytest.raises(TypeError, match="starts must be a tensor of int32 or int64"):
+        encoder_layer(x, w, SHAPE, starts=torch.tensor([0.0, 9.0]))
+    with pytest.raises(ValueError, match="lengths must have shape"):
+        encoder_layer(x, w, SHAPE, lengths=torch.tensor([9, 9]))
+
+
+CASES = ["float64", "mixed weights", "a subclass", "not contiguous", "columns", "everything dropped", "no tokens"]
+
+
+@pytest.mark.parametrize("case", [*CASES, "another width", "no sequences"])
 def test_left_to_the_operators(case: str) -> None:
     x, w, shape = torch.randn(B, S, WIDTH), make_weights(), SHAPE
     if case == "float64":
@@ -177,6 +201,14 @@ def test_left_to_the_operators(case: str) -> None:
         w = w._replace(up=w.up.detach().as_subclass(type("Other", (Tensor,), {})))
     elif case == "not contiguous":
         x = x.transpose(0, 1)
+    elif case == "columns":
+        w = w._replace(up=w.up.detach().t().contiguous().t())
+    elif case == "no tokens":
+        x = x[:0]
+    elif case == "another width":
+        x = x[..., :16].contiguous()
+    elif case == "no sequences":
+        x = x[0]
     else:
         shape = shape._replace(dropout1=1.0)
     assert encoder_layer(x, w, shape) is None
@@ -199,9 +231,30 @@ def test_models_use_it(packed: bool) -> None:
     before(x, starts)
     assert name not in {c.op for c in bmf.explain(reset=True).calls}
     seen: list[str] = []
-    layer.norm1.register_forward_hook(lambda *_: seen.append("norm1"))
-    torch.testing.assert_close(layer(x, starts), y)
-    assert seen == ["norm1"]
+    layer.norm1.register_forward_hook(lambda *_: seen.append("forward"))
+    layer.norm2.register_full_backward_hook(lambda *_: seen.append("backward"))
+    again = layer(x, starts)
+    again.sum().backward()
+    torch.testing.assert_close(again, y)
+    assert seen == ["forward", "backward"]
+    other = EncoderLayer(LayerShape(WIDTH, HEADS, HIDDEN))
+    other.norm2 = torch.nn.Identity()  # type: ignore[assignment]
+    bmf.explain(reset=True)
+    other(x, starts)
+    assert name not in {c.op for c in bmf.explain().calls}
+
+
+def test_torch_func() -> None:
+    """Its transforms get the operators one by one."""
+    layer, x = EncoderLayer(LayerShape(WIDTH, HEADS, HIDDEN)), torch.randn(2, 13, WIDTH)
+    found = torch.func.grad(lambda t: layer(t).cos().sum())(x)
+    expected = torch.autograd.grad(layer(x.requires_grad_()).cos().sum(), x)[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_no_tokens() -> None:
+    layer = EncoderLayer(LayerShape(WIDTH, HEADS, HIDDEN))
+    assert layer(torch.randn(0, WIDTH), torch.tensor([0], dtype=torch.int32)).shape == (0, WIDTH)
 
 
 def test_raw_operators() -> None:

@@ -6,6 +6,8 @@ from compare import assert_matches, assert_same, differentiate
 from specs import Sample, Spec, all_specs, case_id, cases
 from test_numerics import DTYPES
 
+from bigmodel_fast import ops
+
 
 @pytest.mark.parametrize(("spec", "sample"), cases(), ids=case_id)
 def test_float64_against_finite_differences(spec: Spec, sample: Sample) -> None:
@@ -37,3 +39,16 @@ def test_each_argument_alone(spec: Spec) -> None:
     for name in sample.wanted:
         _, alone = differentiate(spec.op, tensors, sample.options, (name,))
         assert_same([alone[name]], [together[name]], f"{spec.name} gradient of {name}")
+
+
+@pytest.mark.parametrize("op", ["linear", "mlp", "gated_mlp"])
+def test_the_residual_alone(op: str) -> None:
+    """Where nothing else needs a gradient, nothing is saved for one."""
+    x, up, down, residual = torch.randn(40, 16), torch.randn(24, 16), torch.randn(16, 24), torch.randn(40, 16)
+    call = {
+        "linear": lambda r: ops.linear(x, down @ up, None, activation="gelu", residual=r),
+        "mlp": lambda r: ops.mlp(x, up, None, down, None, residual=r),
+        "gated_mlp": lambda r: ops.gated_mlp(x, up, up, down, residual=r),
+    }[op]
+    y = call(residual.requires_grad_())
+    assert torch.equal(torch.autograd.grad(y, residual, y.detach())[0], y)

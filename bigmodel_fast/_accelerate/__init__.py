@@ -44,6 +44,7 @@ RECIPES: tuple[type[swap.Fast], ...] = (
     hugging_face.FastBertAttention,
     hugging_face.FastBertOutput,
     hugging_face.FastBertLayer,
+    hugging_face.FastBertMLP,
     unpadding.FastHead,
     unpadding.FastEncoderModel,
     unpadding.FastEncoder,

@@ -3,7 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -198,11 +198,11 @@ def _bert_mlp_reason(module: Any) -> str | None:
     return _output_reason(module.output)
 
 
-class FastBertLayer(Fast):
-    """Both dense layers, activation, dropout and residual in one operator, then the norm; or the whole layer in one."""
+class FastBertMLP(Fast):
+    """Both dense layers, activation, dropout and residual in one operator, then the norm."""
 
     area = "mlp"
-    methods = ("forward", "feed_forward_chunk")
+    methods: ClassVar[tuple[str, ...]] = ("feed_forward_chunk",)
 
     @classmethod
     def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
@@ -221,14 +221,31 @@ class FastBertLayer(Fast):
         y = probe.run(probe.small_copy(module, {}, children), x, method="feed_forward_chunk")
         if not probe.same(y, expected(activate(dense(x), activation), x)):
             return "a feed_forward_chunk of its own"
-        whole = interface.is_class(module, tuple(f"{prefix}Layer" for prefix in PREFIXES))
-        return _bert_mlp_reason(module) or {"activation": activation, "whole": whole}
+        return _bert_mlp_reason(module) or {"activation": activation}
+
+    def feed_forward_chunk(self: Any, attention_output: Tensor) -> Tensor:
+        if not swap.note(self, _bert_mlp_reason(self)):
+            return super().feed_forward_chunk(attention_output)  # type: ignore[misc]
+        layers, p = [self.intermediate.dense, self.output.dense], swap.active_dropout(self.output.dropout)
+        summed = dense_mlp(attention_output, layers, plan(self)["activation"], 0.0, p, residual=attention_output)
+        return self.output.LayerNorm(summed)
+
+
+class FastBertLayer(FastBertMLP):
+    """The whole layer in one, or both dense layers, activation, dropout and residual, then the norm."""
+
+    methods = ("forward", *FastBertMLP.methods)
+
+    @classmethod
+    def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
+        known = interface.is_class(module, tuple(f"{prefix}Layer" for prefix in PREFIXES))
+        return super().match(module) if known else None
 
     def forward(
         self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         y = None
-        if plan(self)["whole"] and self.chunk_size_feed_forward == 0 and not any(a is not None for a in args):
+        if self.chunk_size_feed_forward == 0 and not any(a is not None for a in args):
             parts = self._parts()
             y = None if parts is None else post_norm.run(parts, hidden_states, attention_mask, kwargs)
         return super().forward(hidden_states, attention_mask, *args, **kwargs) if y is None else y  # type: ignore[misc]
@@ -248,13 +265,6 @@ class FastBertLayer(Fast):
             callers=(attention, inner, attention.output, intermediate, output, intermediate.intermediate_act_fn),
             activation=plan(self)["activation"],
         )
-
-    def feed_forward_chunk(self: Any, attention_output: Tensor) -> Tensor:
-        if not swap.note(self, _bert_mlp_reason(self)):
-            return super().feed_forward_chunk(attention_output)  # type: ignore[misc]
-        layers, p = [self.intermediate.dense, self.output.dense], swap.active_dropout(self.output.dropout)
-        summed = dense_mlp(attention_output, layers, plan(self)["activation"], 0.0, p, residual=attention_output)
-        return self.output.LayerNorm(summed)
 
 
 class FastLanguageModel(Fast):

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..ops._checks import ACTIVATIONS
@@ -26,7 +27,7 @@ class Parts(NamedTuple):
 
 def _refused(parts: Parts) -> bool:
     """Whether someone watches or replaces a part."""
-    if not swap.is_fast(parts.attention) or parts.attention.is_causal or not interface.enabled(parts.attention):
+    if parts.attention.is_causal or not interface.enabled(parts.attention):
         return True
     callers = (m for m in parts.callers if isinstance(m, nn.Module))
     if any(interface.has_hooks(m) or "forward" in m.__dict__ for m in callers):
@@ -48,6 +49,8 @@ def run(parts: Parts, x: Tensor, mask: Tensor | None, given: dict[str, Any]) -> 
 
     given: other arguments of the layer's forward; with FIRST only the first token of each sequence is asked for.
     """
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return None
     given = dict(given)
     first = given.pop(FIRST, False)
     if any(value is not None and value is not False and name not in _UNREAD for name, value in given.items()):
@@ -67,7 +70,7 @@ def run(parts: Parts, x: Tensor, mask: Tensor | None, given: dict[str, Any]) -> 
         activation=parts.activation,
         eps1=norm1.eps,
         eps2=norm2.eps,
-        attention_dropout=_probability(parts.dropouts[0]),
+        attention_dropout=_probability(parts.dropouts[0], parts.attention),
         dropout1=_probability(parts.dropouts[1]),
         dropout2=_probability(parts.dropouts[2]),
     )
@@ -75,5 +78,6 @@ def run(parts: Parts, x: Tensor, mask: Tensor | None, given: dict[str, Any]) -> 
     return encoder_layer(x, Weights._make((*weights, *norms)), shape, starts=starts, lengths=lengths, first=first)
 
 
-def _probability(dropout: Any) -> float:
-    return dropout.p if dropout is not None and dropout.training else 0.0
+def _probability(dropout: Any, module: Any = None) -> float:
+    """Of a dropout at work: while it is training, or the module that reads its probability."""
+    return dropout.p if dropout is not None and (module or dropout).training else 0.0

@@ -202,15 +202,15 @@ class EncoderLayer(Layer):
     def _at_once(self, x: Tensor, starts: Tensor | None) -> Tensor | None:
         """The layer as one function to autograd; None where that is not possible, or a part has hooks."""
         attention, out = self.self_attn, self.self_attn.out_proj
-        sharded = type(attention.in_proj_weight) is not torch.nn.Parameter  # its parts would have to be sent around
-        if not x.is_cpu or sharded or torch.compiler.is_compiling():
+        if not x.is_cpu or torch.compiler.is_compiling():
             return None
-        if any(m._forward_hooks or m._forward_pre_hooks for m in self.modules() if m is not self):
+        parts = ((attention, SelfAttention), (self.norm1, StreamNorm), (self.norm2, StreamNorm))
+        usual = all(type(m) is kind for m, kind in parts) and type(attention.in_proj_weight) is torch.nn.Parameter
+        if not usual or any(_watched(m) for m in self.modules() if m is not self):
             return None
         matrices = (*attention.in_proj_weight.chunk(3), out.weight, self.linear1.weight, self.linear2.weight)
         biases = (*attention.in_proj_bias.chunk(3), out.bias, self.linear1.bias, self.linear2.bias)
         norms = (self.norm1.weight, self.norm1.bias, self.norm2.weight, self.norm2.bias)
-        dropout = self.shape.dropout if self.training else 0.0
         shape = Shape(
             head_dim=attention.head_dim,
             scale=attention.head_dim**-0.5,
@@ -218,10 +218,16 @@ class EncoderLayer(Layer):
             eps1=self.norm1.eps,
             eps2=self.norm2.eps,
             attention_dropout=attention.weight_dropout,
-            dropout1=dropout,
-            dropout2=dropout,
+            dropout1=attention.dropout if attention.training else 0.0,
+            dropout2=self.shape.dropout if self.training else 0.0,
         )
         return encoder_layer(x, Weights._make((*matrices, *biases, *norms)), shape, starts=starts)
+
+
+def _watched(module: torch.nn.Module) -> bool:
+    """Whether someone wants a module to be called, or has replaced what it does."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__
 
 
 class DecoderLayer(Layer):

@@ -13,7 +13,7 @@ from . import _autograd, _checks, _cuda, _dense
 
 Window = int | tuple[int, int] | None
 
-_EVERYTHING = 1 << 40  # a distance no sequence reaches
+EVERYTHING = 1 << 40  # a distance no sequence reaches
 _CUDA_MOST_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # sums and operands fill the registers
 
 
@@ -167,12 +167,12 @@ def check_options(
         raise ValueError(f"{op}: scale must be finite, got {scale!r}")
     if softcap is not None and not 0.0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap must be positive, got {softcap!r}")
-    left = right = _EVERYTHING
+    left = right = EVERYTHING
     if window is not None:
         sides = (window, window) if isinstance(window, int) else tuple(window)
         if len(sides) != 2 or not all(isinstance(n, int) and n >= 0 for n in sides):
             raise ValueError(f"{op}: window must be a number of keys or (left, right), 0 or more, got {window!r}")
-        left, right = (min(n, _EVERYTHING) for n in sides)
+        left, right = (min(n, EVERYTHING) for n in sides)
     if alibi_slopes is not None:
         _checks.floating(op, query=query, alibi_slopes=alibi_slopes)
         heads = query.shape[1]

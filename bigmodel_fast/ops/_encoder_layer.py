@@ -13,9 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
-from . import _checks, _dense
-
-_SEES_ALL = (1 << 40, 1 << 40)  # keys to the left and to the right of a query
+from . import _attention, _checks, _dense
 
 
 class Weights(NamedTuple):
@@ -64,29 +62,33 @@ def encoder_layer(
     lengths: Tensor | None = None,
     first: bool = False,
 ) -> Tensor | None:
-    """The layer's output, as x in shape and dtype; None if the operators have to be called one by one.
+    """The layer's output, in x's dtype; None if the operators have to be called one by one.
 
     Args:
         x: [B, S, width], contiguous; or [1, tokens, width] with `starts`, the tokens of sequences one after the other
             (without `first` also [tokens, width]).
         starts: [sequences + 1], int32 or int64, rising from 0 to the number of tokens.
         lengths: [B], int32 or int64: how many keys of each sequence there are.
-        first: only the first token of each sequence is asked for: [B, 1, width], or [1, sequences, width].
+        first: only the first token of each sequence is asked for.
+
+    Returns:
+        As x in shape; with `first` [B, 1, width], or [1, sequences, width].
     """
-    dtype = _checks.autocast_dtype(x) or x.dtype
     if not x.is_cpu or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
-    if dtype not in (torch.float32, torch.bfloat16) or x.dtype not in (torch.float32, dtype) or not x.is_contiguous():
+    dtype = _checks.autocast_dtype(x) or x.dtype
+    if dtype not in (torch.float32, torch.bfloat16) or x.dtype not in (torch.float32, dtype):
         return None
-    if not all(type(t) in (Tensor, torch.nn.Parameter) for t in weights) or _dispatch.unsupported(*weights):
-        return None
-    kinds = {t.dtype for t in weights[:_MATRICES]}
-    if kinds != {torch.float32} and kinds != {dtype}:
+    if not _usual(x, weights, dtype) or x.dim() != 3 - (starts is not None and x.dim() == 2):
         return None
     dropouts = shape[-3:]
     name = "encoder_layer" if starts is None else "encoder_layer_varlen"
     if 1.0 in dropouts or not _dispatch.use_native(name, None, x):
         return None
+    if starts is not None:
+        _attention.check_boundaries(name, "starts", starts, x.shape[:-1].numel())
+    if lengths is not None:
+        _attention.check_lengths(name, "lengths", lengths, x.shape[0], x.shape[1])
     seeds: list[Tensor | None] = [None, None, None]
     if any(dropouts):
         drawn = torch.randint(1 << 62, (3, 1), dtype=torch.int64).unbind()
@@ -98,6 +100,18 @@ def encoder_layer(
         rows = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1])
     keeps = _dense.needs_grad(x, *weights)
     return _EncoderLayer.apply(x, rows, query_starts, starts, lengths, dtype, shape, seeds, keeps, *weights)
+
+
+def _usual(x: Tensor, weights: Weights, dtype: torch.dtype) -> bool:
+    """Whether x and the weights lie in memory, and are of dtypes, as the kernels take them."""
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, *weights)) and not _dispatch.unsupported(*weights)
+    if not plain or not x.is_contiguous() or x.numel() == 0 or x.shape[-1] != weights.query.shape[-1]:
+        return False
+    matrices = weights[:_MATRICES]
+    if any(t.stride(-1) != 1 for t in matrices):
+        return False
+    kinds = {t.dtype for t in matrices}
+    return kinds == {torch.float32} or kinds == {dtype}
 
 
 class _EncoderLayer(torch.autograd.Function):
@@ -126,7 +140,7 @@ class _EncoderLayer(torch.autograd.Function):
             qkv = call.linears_fwd(asking, [w.query], biases[:1])
             qkv += call.linears_fwd(narrow, [w.key, w.value], biases[1:])
         q, k, v = (_heads(t, x, shape, starts) for t in qkv)
-        options = (shape.scale, 0.0, *_SEES_ALL, shape.attention_dropout)
+        options = (shape.scale, 0.0, _attention.EVERYTHING, _attention.EVERYTHING, shape.attention_dropout)
         tensors = (None, lengths, query_starts, starts, seeds[0])
         attended, stats = call.attention_fwd(q, k, v, None, *tensors, *options)
         sum1, _ = call.linear_fwd(
@@ -147,7 +161,7 @@ class _EncoderLayer(torch.autograd.Function):
             *(narrow, asking, q, k, v, attended, stats, sum1, mean1, rstd1, y_narrow, pre, sum2, mean2, rstd2),
             *(rows, query_starts, starts, lengths, *seeds, *weights),
         )
-        return z.view(x.shape if rows is None else (x.shape[0], -1, x.shape[-1]))
+        return _dense.shaped(z, x.shape if rows is None else (x.shape[0], len(z) // x.shape[0], x.shape[-1]))
 
     @staticmethod
     @once_differentiable
@@ -161,7 +175,7 @@ class _EncoderLayer(torch.autograd.Function):
 
         def norm_bwd(grad: Tensor, total: Tensor, weight: Tensor, stats: list[Tensor], seed: Any, p: float) -> Any:
             """Gradients of a norm's input, of what dropout was applied to before, of weight and bias."""
-            if dtype is not torch.bfloat16 or total.dtype is dtype:
+            if total.dtype is dtype:
                 dtotal, _, *others = call.layer_norm_bwd(grad, None, total, weight, *stats, False)
                 return dtotal, _dense.before_finish(dtotal, seed, p, dtype), *others
             return call.layer_norm_bwd(grad, None, total, weight, *stats, True, seed, p)
@@ -183,26 +197,28 @@ class _EncoderLayer(torch.autograd.Function):
             *(query_starts, starts, seeds[0], *ctx.options, (), False),
         )
         dqkv = [_tokens(t, starts) for t in dqkv[:3]]
+        wants_x = ctx.needs_input_grad[0]
         wanted = [wants.query, wants.key, wants.value, wants.query_bias, wants.key_bias, wants.value_bias]
         if rows is None:
             dx, dquery, dkey, dvalue, dquery_bias, dkey_bias, dvalue_bias = call.linears_bwd(
-                dqkv, narrow, [w.query, w.key, w.value], dsum1.dtype, [True, *wanted], dsum1
+                dqkv, narrow, [w.query, w.key, w.value], dsum1.dtype, [wants_x, *wanted], dsum1
             )
         else:
             dx, dkey, dvalue, dkey_bias, dvalue_bias = call.linears_bwd(
-                dqkv[1:], narrow, [w.key, w.value], dsum1.dtype, [True, *wanted[1:3], *wanted[4:]]
+                dqkv[1:], narrow, [w.key, w.value], dsum1.dtype, [wants_x, *wanted[1:3], *wanted[4:]]
             )
             dasking, dquery, dquery_bias = call.linears_bwd(
-                dqkv[:1], asking, [w.query], dsum1.dtype, [True, wanted[0], wanted[3]], dsum1
+                dqkv[:1], asking, [w.query], dsum1.dtype, [wants_x, wanted[0], wanted[3]], dsum1
             )
-            dx.index_add_(0, rows, dasking)
+            if wants_x:
+                dx.index_add_(0, rows, dasking)
         grads = Weights(
             *(dquery, dkey, dvalue, dout, dup, ddown),
             *(dquery_bias, dkey_bias, dvalue_bias, dout_bias, dup_bias, ddown_bias),
             *(dnorm1, dnorm1_bias, dnorm2, dnorm2_bias),
         )
         of_weights = (g.to(t.dtype) if want else None for g, t, want in zip(grads, w, wants, strict=True))
-        return dx.view(ctx.x_shape), *(None,) * 8, *of_weights
+        return dx.view(ctx.x_shape) if wants_x else None, *(None,) * 8, *of_weights
 
 
 def _heads(t: Tensor, x: Tensor, shape: Shape, starts: Tensor | None) -> Tensor:

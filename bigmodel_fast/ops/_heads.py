@@ -37,7 +37,7 @@ class _SplitHeads(torch.autograd.Function):
 
 def _adjacent(grads: tuple[Tensor, ...]) -> bool:
     """Whether they lie one behind the other, as heads [B, H, S, D] of one tensor; attention makes them so."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     storage, strides = grads[0].untyped_storage().data_ptr(), grads[0].stride()
     start = end = grads[0].storage_offset()

@@ -50,7 +50,8 @@ def _(grad_y, grad_sum, sum, weight, mean, rstd, narrow, seed=None, dropout_p=0.
 
 @torch.library.register_fake("bigmodel_fast::layer_norm_twice_fwd")
 def _(x, weight, bias, eps):
-    mean, rstd = (x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32) for _ in range(2))
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.bfloat16), mean, rstd
 
 

@@ -89,14 +89,17 @@ class _Linear(torch.autograd.Function):
             return (None,) * 8
         x, weight, pre, seed = ctx.saved_tensors
         wants = ctx.needs_input_grad[:3]
-        before = _dense.before_finish(dy, seed, ctx.dropout_p, x.dtype)
-        dx, dweight, dbias = torch.ops.bigmodel_fast.linear_bwd(
-            before, _dense.rows(x), _dense.rows(weight), _dense.rows(pre), ctx.activation, wants
-        )
+        grads: tuple[Tensor | None, ...] = (None, None, None)
+        if any(wants):  # not the residual alone, for which nothing was saved
+            before = _dense.before_finish(dy, seed, ctx.dropout_p, x.dtype)
+            grads = torch.ops.bigmodel_fast.linear_bwd(
+                before, _dense.rows(x), _dense.rows(weight), _dense.rows(pre), ctx.activation, wants
+            )
+        dx, dweight, dbias = (grad if want else None for grad, want in zip(grads, wants, strict=True))
         return (
-            dx.view(x.shape) if wants[0] else None,
-            dweight if wants[1] else None,
-            dbias.to(ctx.bias_dtype) if wants[2] else None,
+            None if dx is None else dx.view(x.shape),
+            dweight,
+            None if dbias is None else dbias.to(ctx.bias_dtype),
             dy.to(ctx.residual_dtype) if ctx.needs_input_grad[3] else None,
             *(None,) * 4,
         )

@@ -447,7 +447,8 @@ class HiddenOperand {
   }
 
  private:
-  static constexpr int64_t kStep = kFewestTileRows;  // rows summed by one thread, whatever the number of threads
+  // Rows summed by one thread, whatever the number of threads; they come in their order, in strips.
+  static constexpr int64_t kStep = kFewestTileRows;
 
   int64_t m_, f_, stride_;
   bool has_rows_, has_panels_, has_sums_;

@@ -73,8 +73,8 @@ class Chunks {
   };
 
   int64_t classes_of(int64_t block) const { return smaller(block_classes_, args_.classes - block * block_classes_); }
-  // Of a block's logits: not a power of two, or rows would share cache sets.
-  int64_t row_stride(int64_t block) const { return ceil_div(classes_of(block), kPanel) * kPanel + 64; }
+  // Of a block's logits: an odd number of panels, since rows a power of two apart would share cache sets.
+  int64_t row_stride(int64_t block) const { return (ceil_div(classes_of(block), kPanel) | 1) * kPanel; }
 
   // How many tokens' logits fit where dW will be, every block's in its own block; 0 if they are too few for a chunk.
   int64_t tokens_in_dweight() const {

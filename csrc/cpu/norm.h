@@ -21,8 +21,8 @@ struct NormForwardArgs {
   Rows x, residual;    // residual.data null: s is x, and `sum` is not written
   Rows weight, bias;   // one row each, or null for ones and zeros
   Rows y, sum;         // sum: float if x or residual is
-  Rows y_narrow;       // y once more in bfloat16, for what multiplies it; may be null
   float *mean, *rstd;  // [rows]; mean null for rms_norm
+  Rows y_narrow;       // y once more in bfloat16, for what multiplies it; may be null
 };
 
 struct NormBackwardArgs {
@@ -32,8 +32,8 @@ struct NormBackwardArgs {
   const float *mean, *rstd;
   Rows grad;                       // with respect to s, and so to x and to residual; in s's dtype
   Rows grad_narrow;                // the same once more in bfloat16, for that of x and residual which is; may be null
-  Finish finish;                   // grad_narrow is the gradient of what dropout here was applied to
   float *grad_weight, *grad_bias;  // [width]; grad_bias null for rms_norm
+  Finish finish;                   // if there is dropout: grad_narrow is the gradient of what it was applied to
 };
 
 }  // namespace bmf

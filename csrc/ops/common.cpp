@@ -37,9 +37,9 @@ InputGradient input_gradient(const Tensor& dx, bool wanted, const std::optional<
   const Dtype dtype = kernel_dtype(dx, op, "dx");
   if (!wanted) return {nullptr, dtype, nullptr};
   if (residual) {
-    STD_TORCH_CHECK(
-        residual->scalar_type() == dx.scalar_type() && residual->numel() == dx.numel() && residual->is_contiguous(), op,
-        ": dx_residual must be contiguous, of dx's shape and dtype");
+    STD_TORCH_CHECK(residual->scalar_type() == dx.scalar_type() && residual->dim() == 2 &&
+                        residual->size(0) == dx.size(0) && residual->size(1) == dx.size(1) && residual->is_contiguous(),
+                    op, ": dx_residual must be contiguous, of dx's shape and dtype");
   }
   return {dx.mutable_data_ptr(), dtype, residual ? residual->const_data_ptr() : nullptr};
 }

@@ -70,6 +70,7 @@ inline NormGradients norm_backward(void (*kernel)(const NormBackwardArgs&, const
   args.grad_sum = parameter(grad_sum, grad_sum_rows, op, "grad_sum");
   STD_TORCH_CHECK(!grad_sum || args.grad_sum.dtype == args.sum.dtype, op, ": grad_sum and sum differ in dtype");
   args.weight = parameter(weight, weight_row, op, "weight");
+  STD_TORCH_CHECK(narrow || dropout_p == 0, op, ": dropout is for the narrow gradient");
   args.finish = finish_of(std::nullopt, seed, dropout_p, op);
   args.mean = mean ? floats(*mean) : nullptr;
   args.rstd = floats(rstd);

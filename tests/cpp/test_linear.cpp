@@ -68,6 +68,7 @@ void check_several(const Threads& threads, Shape s, Dtype x_dtype, Dtype weight_
   const Array x = Array::normal(x_dtype, extent(m, k, x_stride));
   const Array weight = Array::normal(weight_dtype, extent(total, k, weight_stride), 0.3f);
   const Array dy = Array::normal(x_dtype, m * total);
+  const Array residual = Array::normal(Dtype::float32, m * k);
   Array dx(Dtype::float32, m * k), dweight(weight_dtype, total * k), dbias(Dtype::float32, total);
 
   bmf::LinearOfSeveral layers[3];
@@ -80,10 +81,13 @@ void check_several(const Threads& threads, Shape s, Dtype x_dtype, Dtype weight_
                  element(weight, row * weight_stride),
                  element(dweight, row * k),
                  dbias.floats() + row};
-  bmf::linears_backward({x_dtype, weight_dtype, m, k, x_stride, x.data(), dx.data(), Dtype::float32, 3, layers},
-                        threads);
+  bmf::linears_backward(
+      {x_dtype, weight_dtype, m, k, x_stride, x.data(), {dx.data(), Dtype::float32, residual.data()}, 3, layers},
+      threads);
   const Exact g(dy, m, total);
-  CHECK_CLOSE(dx, product(g, Exact(weight, total, k, weight_stride)), x_dtype);
+  Exact dx_exact = product(g, Exact(weight, total, k, weight_stride));
+  for (int64_t i = 0; i < m * k; ++i) dx_exact.add(i, residual[i]);
+  CHECK_CLOSE(dx, dx_exact, x_dtype);
   CHECK_CLOSE(dweight, product(transposed(g), Exact(x, m, k, x_stride)), x_dtype);
   CHECK_CLOSE(dbias, column_sums(g), x_dtype);
 }

@@ -55,13 +55,32 @@ void check_mlp(const Threads& threads, const Case& c) {
 
   Array dx(x_dtype, m * k), dw1(weight_dtype, f * k), dw2(weight_dtype, n * f);
   Array db1(Dtype::float32, f), db2(Dtype::float32, n);
-  bmf::mlp_backward(
-      {x_dtype,      weight_dtype, m,         n,         f,          k,     k,         k,          f,
-       dy.data(),    x.data(),     w1.data(), w2.data(), pre.data(), kKind, dx.data(), dw1.data(), dw2.data(),
-       db1.floats(), db2.floats()},
-      threads);
+  const Array residual = Array::normal(x_dtype, m * k);
+  bmf::mlp_backward({x_dtype,
+                     weight_dtype,
+                     m,
+                     n,
+                     f,
+                     k,
+                     k,
+                     k,
+                     f,
+                     dy.data(),
+                     x.data(),
+                     w1.data(),
+                     w2.data(),
+                     pre.data(),
+                     kKind,
+                     {dx.data(), x_dtype, residual.data()},
+                     dw1.data(),
+                     dw2.data(),
+                     db1.floats(),
+                     db2.floats()},
+                    threads);
   const Exact saved(pre, m, f), dpre = scaled(product(dy_exact, w2_exact), slopes(saved, kKind));
-  CHECK_CLOSE(dx, product(dpre, w1_exact), x_dtype);
+  Exact dx_exact = product(dpre, w1_exact);
+  for (int64_t i = 0; i < m * k; ++i) dx_exact.add(i, residual[i]);
+  CHECK_CLOSE(dx, dx_exact, x_dtype);
   CHECK_CLOSE(dw1, product(transposed(dpre), x_exact), x_dtype);
   CHECK_CLOSE(dw2, product(transposed(dy_exact), activated(saved, kKind)), x_dtype);
   CHECK_CLOSE(db1, column_sums(dpre), x_dtype);
