@@ -1,7 +1,7 @@
 """The operators. Each file holds one: its equation, its readable reference, and the public function."""
 
 from .. import _library  # noqa: F401  (the native operators: fake kernels below are registered for them)
-from . import _triton  # noqa: F401  (and their implementations on CUDA)
+from . import _heads, _triton  # noqa: F401  (fake kernels of its own; implementations on CUDA)
 from .attention import attention
 from .attention_varlen import attention_varlen
 from .cross_entropy import cross_entropy
