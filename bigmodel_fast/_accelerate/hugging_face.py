@@ -16,7 +16,7 @@ from . import interface, post_norm, probe, swap
 from .layers import dense_mlp
 from .projections import attend, cached, linears, project
 from .swap import Fast, plan
-from .unpad import FIRST, PREFIXES, asked_by, labels_ignore_padding
+from .unpad import ATTENTION_BLOCKS, FIRST, LAYERS, asked_by, labels_ignore_padding
 
 # Classes whose forward is the one these recipes compute; transformers writes them as copies of the first.
 BERT_ATTENTIONS = (
@@ -238,8 +238,7 @@ class FastBertLayer(FastBertMLP):
 
     @classmethod
     def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
-        known = interface.is_class(module, tuple(f"{prefix}Layer" for prefix in PREFIXES))
-        return super().match(module) if known else None
+        return super().match(module) if interface.is_class(module, LAYERS) else None
 
     def forward(
         self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
@@ -254,7 +253,7 @@ class FastBertLayer(FastBertMLP):
         attention, intermediate, output = self.attention, self.intermediate, self.output
         inner = attention.self
         fast = all(isinstance(m, k) for m, k in ((inner, FastBertAttention), (attention.output, FastBertOutput)))
-        if not fast or not interface.is_class(attention, tuple(f"{prefix}Attention" for prefix in PREFIXES)):
+        if not fast or not interface.is_class(attention, ATTENTION_BLOCKS):
             return None
         return post_norm.Parts(
             attention=inner,

@@ -33,12 +33,8 @@ def _refused(parts: Parts) -> bool:
     if any(interface.has_hooks(m) or "forward" in m.__dict__ for m in callers):
         return True
     kinds = ((parts.dense, nn.Linear), (parts.norms, nn.LayerNorm), (parts.dropouts, nn.Dropout))
-    for modules, kind in kinds:
-        for m in modules:
-            if m is None:
-                continue
-            if swap.original_class(m).forward is not kind.forward or swap.hooked(m) or "forward" in m.__dict__:
-                return True
+    if any(m is not None and swap.not_plain(m, kind.forward) for modules, kind in kinds for m in modules):
+        return True
     if any(m.bias is None for m in (*parts.dense, *parts.norms)):
         return True
     return not all(swap.is_fast(m) for m in parts.norms)

@@ -21,6 +21,7 @@ FIRST_TOKEN_HEADS = (
     *(f"{prefix}ForMultipleChoice" for prefix in (*PREFIXES, *OTHERS) if prefix != "Electra"),
     "BertForNextSentencePrediction",
 )  # ModernBERT's may take the mean of all tokens but padding
+LAYERS, ATTENTION_BLOCKS = (tuple(f"{prefix}{kind}" for prefix in PREFIXES) for kind in ("Layer", "Attention"))
 TOKEN_HEADS = tuple(f"{prefix}ForTokenClassification" for prefix in (*PREFIXES, *OTHERS))
 
 READS = "bmf_reads"  # a keyword from a head to its encoder: "first" (token) or "tokens" (those that are not padding)
@@ -207,7 +208,7 @@ class FastAttentionBlock(Fast):
 
     @classmethod
     def match(cls, module: nn.Module) -> dict[str, Any] | str | None:
-        if not interface.is_class(module, tuple(f"{prefix}Attention" for prefix in PREFIXES)):
+        if not interface.is_class(module, ATTENTION_BLOCKS):
             return None
         return "cross attention" if module.is_cross_attention else {}
 

@@ -2,8 +2,8 @@
 
     y = norm1(x + dropout(attention(x) Wo^T + bo)),    z = norm2(y + dropout(mlp(y)))
 
-It runs the kernels of the operators it is made of. What it saves is what lies between them: gradients are added where
-they are made, and the stream is cast once for each product.
+It runs the kernels of the operators it is made of, and spares what lies between them: gradients are added where they
+are made, norms write the operands of the products beside them, and Python is called once each way.
 """
 
 from typing import Any, NamedTuple
@@ -79,7 +79,8 @@ def encoder_layer(
     dtype = _checks.autocast_dtype(x) or x.dtype
     if dtype not in (torch.float32, torch.bfloat16) or x.dtype not in (torch.float32, dtype):
         return None
-    if not _usual(x, weights, dtype) or x.dim() != 3 - (starts is not None and x.dim() == 2):
+    dimensions = (3,) if starts is None or first else (2, 3)
+    if x.dim() not in dimensions or not _usual(x, weights, dtype):
         return None
     dropouts = shape[-3:]
     name = "encoder_layer" if starts is None else "encoder_layer_varlen"

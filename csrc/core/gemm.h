@@ -15,7 +15,7 @@
 
 namespace bmf::BMF_ISA {
 
-constexpr int64_t kTileRows = 96, kFewestTileRows = 12, kTilePanels = 4;  // rows: even multiples of kFewestTileRows
+constexpr int64_t kTileRows = 96, kFewestTileRows = 12, kTilePanels = 4;  // rows are halved down to the fewest
 static_assert(kRows % 2 == 0 && kFewestTileRows % kRows == 0);            // strips are whole, and of row pairs
 // Units of k summed in one sweep of a tile. 96 rows and 4 panels of 512 are 704 KiB, which leaves L2 (1 MiB) room for
 // C; floats take half of it, because one sum of 512 of them would round off more than plain torch's.
