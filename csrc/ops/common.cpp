@@ -63,7 +63,7 @@ RowTensor row_tensor(const Tensor& t, const char* op, const char* name) {
 }
 
 Tensor empty(Sizes sizes, ScalarType dtype, const Tensor& like) {
-  constexpr size_t kPooled = size_t{512} << 10;  // smaller ones are as cheap from malloc
+  constexpr size_t kPooled = size_t{64} << 10;  // smaller ones are as cheap from malloc
   size_t bytes = dtype == ScalarType::BFloat16 ? 2 : 4;
   for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
   if (bytes < kPooled) return torch::stable::new_empty(like, sizes, dtype);
