@@ -18,7 +18,9 @@ from torch import Tensor
 from .. import nn, ops
 from .._packed_weights import packed_weights
 from ..ops._heads import split_heads
-from .layers import Stack
+from .layers import Stack, untouched
+from .pre_norm import at_once
+from .sampling import check_options, sample
 
 
 @dataclass
@@ -127,6 +129,8 @@ class SelfAttention(torch.nn.Module):
 class MLP(torch.nn.Module):
     """down(gelu_tanh(up(x)))."""
 
+    activation = "gelu_tanh"
+
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.up = torch.nn.Linear(width, hidden)
@@ -134,11 +138,14 @@ class MLP(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.up, self.down
-        return ops.mlp(x, up.weight, up.bias, down.weight, down.bias, activation="gelu_tanh")
+        return ops.mlp(x, up.weight, up.bias, down.weight, down.bias, activation=self.activation)
 
 
 class Block(torch.nn.Module):
-    """One layer: attention and MLP, each after a norm of the residual stream."""
+    """One layer: attention and MLP, each after a norm of the residual stream.
+
+    It has no forward: norm1 is called for the block before, so that FSDP shards the parts and not the block as a whole.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -146,12 +153,46 @@ class Block(torch.nn.Module):
         self.attention = SelfAttention(config)
         self.mlp = (MLP if config.layout == "gpt2" else nn.GatedMLP)(config.width, config.hidden)
 
-    def between_norms(
-        self, normed: Tensor, stream: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int
+    def to_next_norm(
+        self,
+        normed: Tensor,
+        stream: Tensor,
+        norm_after: torch.nn.Module,
+        rotation: tuple[Tensor, Tensor] | None,
+        cache: KVCache | None,
+        layer: int,
     ) -> tuple[Tensor, Tensor]:
-        """What follows norm1: the MLP's output, and the stream to which the next block's norm adds it."""
+        """What follows norm1, and the norm after this block: its output, and the stream that it normed."""
+        if cache is None and (found := self._at_once(normed, stream, norm_after, rotation)) is not None:
+            return found
         normed, stream = self.norm2(self.attention(normed, rotation, cache, layer), stream)
-        return self.mlp(normed), stream
+        return norm_after(self.mlp(normed), stream)
+
+    def _at_once(
+        self, normed: Tensor, stream: Tensor, norm_after: torch.nn.Module, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """As one function to autograd; None where that is not possible, or a part is not `untouched`."""
+        attention, mlp, dense = self.attention, self.mlp, (self.attention.qkv, self.attention.out)
+        if not normed.is_cpu or torch.compiler.is_compiling():
+            return None
+        if not untouched(attention, SelfAttention) or not untouched(mlp, MLP, nn.GatedMLP):
+            return None
+        if any(not untouched(linear, nn.Linear) or linear.activation for linear in dense):
+            return None
+        return at_once(
+            normed,
+            stream,
+            (self.norm2, norm_after),
+            qkv=(attention.qkv.weight, attention.qkv.bias),
+            out=attention.out,
+            up=mlp.up,
+            down=mlp.down,
+            gate=mlp.gate if isinstance(mlp, nn.GatedMLP) else None,
+            activation=mlp.activation,
+            head_dim=attention.head_dim,
+            is_causal=True,
+            rotation=rotation,
+        )
 
 
 def _norm(config: GPTConfig) -> torch.nn.Module:
@@ -202,7 +243,7 @@ class GPT(Stack):
         normed, stream = blocks[0].norm1(x), x
         norms_after = [*(block.norm1 for block in blocks[1:]), self.norm]
         for i, (block, norm_after) in enumerate(zip(blocks, norms_after, strict=True)):
-            normed, stream = norm_after(*self.run(block.between_norms, normed, stream, rotation, cache, i))
+            normed, stream = self.run(block.to_next_norm, normed, stream, norm_after, rotation, cache, i)
         if cache is not None:
             cache.length = end
         return normed
@@ -281,12 +322,7 @@ class GPT(Stack):
         """
         if tokens.dim() != 2 or tokens.shape[1] < 1:
             raise ValueError(f"generate: tokens must be [B, S] with S >= 1, got {list(tokens.shape)}")
-        if not temperature >= 0:
-            raise ValueError(f"generate: temperature must be 0 or more, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"generate: top_k must be 1 or more, got {top_k}")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"generate: top_p must lie in (0, 1], got {top_p}")
+        check_options(temperature, top_k, top_p)
         generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
         context = self.config.context
         seen, cache = tokens[:, -context:], None
@@ -298,7 +334,7 @@ class GPT(Stack):
                 dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
                 cache, new = self.new_cache(len(tokens), dtype), seen
             logits = ops.linear(self.hidden(new, cache)[:, -1], self.embedding.weight)
-            new = _sample(logits.float(), temperature, top_k, top_p, generator)
+            new = sample(logits.float(), temperature, top_k, top_p, generator)
             seen = torch.cat([seen, new], dim=1)
             yield new
 
@@ -356,20 +392,3 @@ def _rotation(config: GPTConfig) -> tuple[Tensor, Tensor]:
     angle = torch.arange(config.context, dtype=torch.float64)[:, None] * frequency
     angle = torch.cat([angle, angle], dim=1)
     return angle.cos().float(), angle.sin().float()
-
-
-def _sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> Tensor:
-    """One token for each row of logits [B, vocab]: [B, 1]."""
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    probabilities = logits.softmax(dim=-1)
-    if top_p is not None and top_p < 1:
-        ordered, index = probabilities.sort(dim=-1, descending=True)
-        ordered[ordered.cumsum(dim=-1) - ordered >= top_p] = 0  # what comes after p is reached
-        probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator)

@@ -44,6 +44,12 @@ def recompute_layers(model: torch.nn.Module, on: bool = True) -> None:
             module.recompute = on
 
 
+def untouched(module: torch.nn.Module, *kinds: type) -> bool:
+    """Whether a module is of one of these very classes, has no hooks, and does what its class does."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) in kinds and not hooks and "forward" not in module.__dict__
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """What layers of an encoder or decoder share.
@@ -200,13 +206,12 @@ class EncoderLayer(Layer):
         return self.around(self.norm2, self.mlp, x)
 
     def _at_once(self, x: Tensor, starts: Tensor | None) -> Tensor | None:
-        """The layer as one function to autograd; None where that is not possible, or a part has hooks."""
+        """The layer as one function to autograd; None where that is not possible, or a part is not `untouched`."""
         attention, out = self.self_attn, self.self_attn.out_proj
         if not x.is_cpu or torch.compiler.is_compiling():
             return None
-        parts = ((attention, SelfAttention), (self.norm1, StreamNorm), (self.norm2, StreamNorm))
-        usual = all(type(m) is kind for m, kind in parts) and type(attention.in_proj_weight) is torch.nn.Parameter
-        if not usual or any(_watched(m) for m in self.modules() if m is not self):
+        usual = untouched(attention, SelfAttention) and all(untouched(m, StreamNorm) for m in (self.norm1, self.norm2))
+        if not usual or type(attention.in_proj_weight) is not torch.nn.Parameter:
             return None
         matrices = (*attention.in_proj_weight.chunk(3), out.weight, self.linear1.weight, self.linear2.weight)
         biases = (*attention.in_proj_bias.chunk(3), out.bias, self.linear1.bias, self.linear2.bias)
@@ -222,12 +227,6 @@ class EncoderLayer(Layer):
             dropout2=self.shape.dropout if self.training else 0.0,
         )
         return encoder_layer(x, Weights._make((*matrices, *biases, *norms)), shape, starts=starts)
-
-
-def _watched(module: torch.nn.Module) -> bool:
-    """Whether someone wants a module to be called, or has replaced what it does."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in module.__dict__
 
 
 class DecoderLayer(Layer):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import nn, ops
-from .layers import SelfAttention
+from .layers import SelfAttention, untouched
+from .pre_norm import at_once
 
 
 @dataclass
@@ -71,8 +72,13 @@ class MLP(torch.nn.Sequential):
             torch.nn.init.normal_(linear.bias, std=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        up, down = cast(torch.nn.Linear, self[0]), cast(torch.nn.Linear, self[3])
+        up, down = self.dense
         return ops.mlp(x, up.weight, up.bias, down.weight, down.bias, activation="gelu")
+
+    @property
+    def dense(self) -> tuple[torch.nn.Linear, torch.nn.Linear]:
+        """Up and down."""
+        return cast(torch.nn.Linear, self[0]), cast(torch.nn.Linear, self[3])
 
 
 class Block(torch.nn.Module):
@@ -84,6 +90,37 @@ class Block(torch.nn.Module):
         self.self_attention = SelfAttention(config.width, config.heads)
         self.mlp = MLP(config)
         self.dropout = torch.nn.Dropout(config.dropout)
+
+    def to_next_norm(self, normed: Tensor, stream: Tensor, norm_after: torch.nn.Module) -> tuple[Tensor, Tensor]:
+        """What follows ln_1, and the norm after this block: its output, and the stream that it normed."""
+        if (found := self._at_once(normed, stream, norm_after)) is not None:
+            return found
+        normed, stream = self.ln_2(self.dropout(self.self_attention(normed)), stream)
+        return norm_after(self.dropout(self.mlp(normed)), stream)
+
+    def _at_once(self, normed: Tensor, stream: Tensor, norm_after: torch.nn.Module) -> tuple[Tensor, Tensor] | None:
+        """As one function to autograd; None where that is not possible, or a part is not `untouched`."""
+        attention, mlp, dropout = self.self_attention, self.mlp, self.dropout
+        if not normed.is_cpu or torch.compiler.is_compiling() or (dropout.training and dropout.p > 0):
+            return None
+        if attention.training and (attention.dropout or attention.attention_dropout):
+            return None
+        parts = ((attention, SelfAttention), (mlp, MLP), (dropout, torch.nn.Dropout))
+        if not all(untouched(*part) for part in parts):
+            return None
+        up, down = mlp.dense
+        return at_once(
+            normed,
+            stream,
+            (self.ln_2, norm_after),
+            qkv=(attention.in_proj_weight, attention.in_proj_bias),
+            out=attention.out_proj,
+            up=up,
+            down=down,
+            activation="gelu",
+            head_dim=attention.head_dim,
+            is_causal=False,
+        )
 
 
 class Encoder(torch.nn.Module):
@@ -104,8 +141,7 @@ class Encoder(torch.nn.Module):
         x = self.dropout(x + self.pos_embedding)
         normed, stream = blocks[0].ln_1(x), x
         for block, norm_after in zip(blocks, [*(b.ln_1 for b in blocks[1:]), self.ln], strict=True):
-            normed, stream = block.ln_2(block.dropout(block.self_attention(normed)), stream)
-            normed, stream = norm_after(block.dropout(block.mlp(normed)), stream)
+            normed, stream = block.to_next_norm(normed, stream, norm_after)
         return normed
 
 

@@ -2,8 +2,7 @@
 
     y = norm1(x + dropout(attention(x) Wo^T + bo)),    z = norm2(y + dropout(mlp(y)))
 
-It runs the kernels of the operators it is made of, and spares what lies between them: gradients are added where they
-are made, norms write the operands of the products beside them, and Python is called once each way.
+_layers.py says what for.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
-from . import _attention, _checks, _dense
+from . import _attention, _dense, _layers
 
 
 class Weights(NamedTuple):
@@ -74,13 +73,9 @@ def encoder_layer(
     Returns:
         As x in shape; with `first` [B, 1, width], or [1, sequences, width].
     """
-    if not x.is_cpu or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return None
-    dtype = _checks.autocast_dtype(x) or x.dtype
-    if dtype not in (torch.float32, torch.bfloat16) or x.dtype not in (torch.float32, dtype):
-        return None
+    dtype = _layers.compute_dtype([x], weights[:_MATRICES], weights[_MATRICES:])
     dimensions = (3,) if starts is None or first else (2, 3)
-    if x.dim() not in dimensions or not _usual(x, weights, dtype):
+    if dtype is None or x.dim() not in dimensions:
         return None
     dropouts = shape[-3:]
     name = "encoder_layer" if starts is None else "encoder_layer_varlen"
@@ -101,18 +96,6 @@ def encoder_layer(
         rows = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1])
     keeps = _dense.needs_grad(x, *weights)
     return _EncoderLayer.apply(x, rows, query_starts, starts, lengths, dtype, shape, seeds, keeps, *weights)
-
-
-def _usual(x: Tensor, weights: Weights, dtype: torch.dtype) -> bool:
-    """Whether x and the weights lie in memory, and are of dtypes, as the kernels take them."""
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, *weights)) and not _dispatch.unsupported(*weights)
-    if not plain or not x.is_contiguous() or x.numel() == 0 or x.shape[-1] != weights.query.shape[-1]:
-        return False
-    matrices = weights[:_MATRICES]
-    if any(t.stride(-1) != 1 for t in matrices):
-        return False
-    kinds = {t.dtype for t in matrices}
-    return kinds == {torch.float32} or kinds == {dtype}
 
 
 class _EncoderLayer(torch.autograd.Function):
@@ -140,12 +123,13 @@ class _EncoderLayer(torch.autograd.Function):
             stream, asking = stream.index_select(0, rows), narrow.index_select(0, rows)
             qkv = call.linears_fwd(asking, [w.query], biases[:1])
             qkv += call.linears_fwd(narrow, [w.key, w.value], biases[1:])
-        q, k, v = (_heads(t, x, shape, starts) for t in qkv)
+        batch = x.shape[0] if starts is None else None
+        q, k, v = (_layers.to_heads(t, shape.head_dim, batch) for t in qkv)
         options = (shape.scale, 0.0, _attention.EVERYTHING, _attention.EVERYTHING, shape.attention_dropout)
         tensors = (None, lengths, query_starts, starts, seeds[0])
         attended, stats = call.attention_fwd(q, k, v, None, *tensors, *options)
         sum1, _ = call.linear_fwd(
-            _tokens(attended, starts), w.out, _dense.wide(w.out_bias), "none", False, stream, seeds[1], shape.dropout1
+            _layers.to_tokens(attended), w.out, _dense.wide(w.out_bias), "none", False, stream, seeds[1], shape.dropout1
         )
         if dtype is x.dtype:
             y, _, mean1, rstd1 = call.layer_norm_fwd(sum1, w.norm1, w.norm1_bias, None, shape.eps1, dtype)
@@ -174,30 +158,26 @@ class _EncoderLayer(torch.autograd.Function):
         w, call, shape, dtype = Weights(*rest[7:]), torch.ops.bigmodel_fast, ctx.shape, ctx.dtype
         wants = Weights(*ctx.needs_input_grad[-len(w) :])
 
-        def norm_bwd(grad: Tensor, total: Tensor, weight: Tensor, stats: list[Tensor], seed: Any, p: float) -> Any:
-            """Gradients of a norm's input, of what dropout was applied to before, of weight and bias."""
-            if total.dtype is dtype:
-                dtotal, _, *others = call.layer_norm_bwd(grad, None, total, weight, *stats, False)
-                return dtotal, _dense.before_finish(dtotal, seed, p, dtype), *others
-            return call.layer_norm_bwd(grad, None, total, weight, *stats, True, seed, p)
-
-        dsum2, dmlp, dnorm2, dnorm2_bias = norm_bwd(
-            _dense.rows(dz), sum2, w.norm2, [mean2, rstd2], seeds[2], shape.dropout2
+        dsum2, dmlp, dnorm2, dnorm2_bias = _layers.layer_norm_bwd(
+            _dense.rows(dz), None, sum2, w.norm2, mean2, rstd2, dtype, seeds[2], shape.dropout2
         )
         dy, dup, dup_bias, ddown, ddown_bias = call.mlp_bwd(
             *(dmlp, y_narrow, w.up, w.down, pre, shape.activation),
             *([True, wants.up, wants.up_bias, wants.down, wants.down_bias], dsum2),
         )
-        dsum1, dprojected, dnorm1, dnorm1_bias = norm_bwd(dy, sum1, w.norm1, [mean1, rstd1], seeds[1], shape.dropout1)
+        dsum1, dprojected, dnorm1, dnorm1_bias = _layers.layer_norm_bwd(
+            dy, None, sum1, w.norm1, mean1, rstd1, dtype, seeds[1], shape.dropout1
+        )
         dattended, dout, dout_bias = call.linear_bwd(
-            *(dprojected, _tokens(attended, starts), w.out, narrow.new_empty(0), "none"),
+            *(dprojected, _layers.to_tokens(attended), w.out, narrow.new_empty(0), "none"),
             [True, wants.out, wants.out_bias],
         )
+        batch = ctx.x_shape[0] if starts is None else None
         dqkv = call.attention_bwd(
-            *(_heads(dattended, dz, shape, starts), q, k, v, attended, stats, None, None, lengths),
+            *(_layers.to_heads(dattended, shape.head_dim, batch), q, k, v, attended, stats, None, None, lengths),
             *(query_starts, starts, seeds[0], *ctx.options, (), False),
         )
-        dqkv = [_tokens(t, starts) for t in dqkv[:3]]
+        dqkv = [_layers.to_tokens(t) for t in dqkv[:3]]
         wants_x = ctx.needs_input_grad[0]
         wanted = [wants.query, wants.key, wants.value, wants.query_bias, wants.key_bias, wants.value_bias]
         if rows is None:
@@ -218,17 +198,4 @@ class _EncoderLayer(torch.autograd.Function):
             *(dquery_bias, dkey_bias, dvalue_bias, dout_bias, dup_bias, ddown_bias),
             *(dnorm1, dnorm1_bias, dnorm2, dnorm2_bias),
         )
-        of_weights = (g.to(t.dtype) if want else None for g, t, want in zip(grads, w, wants, strict=True))
-        return dx.view(ctx.x_shape) if wants_x else None, *(None,) * 8, *of_weights
-
-
-def _heads(t: Tensor, x: Tensor, shape: Shape, starts: Tensor | None) -> Tensor:
-    """[tokens, H D] to [tokens, H, D] with starts, else to [B, H, tokens of each, D]; x: [B, S, width]."""
-    if starts is not None:
-        return t.view(len(t), -1, shape.head_dim)
-    return t.view(x.shape[0], -1, t.shape[-1] // shape.head_dim, shape.head_dim).transpose(1, 2)
-
-
-def _tokens(t: Tensor, starts: Tensor | None) -> Tensor:
-    """Back again, of what attention made, which lies in memory as [B, S, H, D]."""
-    return (t if starts is not None else t.transpose(1, 2)).reshape(-1, t.shape[-1] * t.shape[1])
+        return dx.view(ctx.x_shape) if wants_x else None, *(None,) * 8, *_layers.of_weights(grads, w, wants)

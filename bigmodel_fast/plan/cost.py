@@ -117,8 +117,8 @@ def activations_of_block(shape: Shape, step: Step, kind: Layers) -> float:
 
 
 def input_of_block(shape: Shape, step: Step, kind: Layers) -> float:
-    """Bytes of what goes into a block: the stream, and of a GPT what a norm has made of it, with its statistics."""
-    normed = BYTES[step.dtype] * shape.width + 8.0 if shape.objective == "clm" else 0.0
+    """Bytes of what goes into a block: the stream, and of a GPT what a norm has made of it."""
+    normed = BYTES[step.dtype] * shape.width if shape.objective == "clm" else 0.0
     return step.tokens * kind.tokens * (4 * shape.width + normed)
 
 
