@@ -214,6 +214,29 @@ def test_left_to_the_operators(case: str) -> None:
     assert encoder_layer(x, w, shape) is None
 
 
+@pytest.mark.parametrize("name", Weights._fields)
+def test_weights_of_another_size(name: str) -> None:
+    """Kernels would read beyond them; operators say what is wrong."""
+    x, w = torch.randn(B, S, WIDTH), make_weights()
+    t = getattr(w, name)
+    for dim in range(t.dim()):
+        for other in (torch.cat([t, t], dim), t.narrow(dim, 0, t.shape[dim] - 1).contiguous()):
+            assert encoder_layer(x, w._replace(**{name: other}), SHAPE) is None
+
+
+def test_biases_changed_before_backward() -> None:
+    x, w = torch.randn(B, S, WIDTH), make_weights()
+    expected, y = encoder_layer(x, w, SHAPE), encoder_layer(x, w, SHAPE)
+    assert expected is not None
+    assert y is not None
+    before = torch.autograd.grad(expected.cos().sum(), w.query)
+    with torch.no_grad():
+        for name, t in w._asdict().items():
+            if name.endswith("bias"):
+                t.add_(1)
+    assert torch.equal(torch.autograd.grad(y.cos().sum(), w.query)[0], before[0])
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_models_use_it(packed: bool) -> None:
     """A post-norm layer of ours, unless one of its parts has hooks, which are called."""

@@ -19,9 +19,9 @@ B, S, WIDTH, HEADS, HIDDEN = 3, 21, 32, 4, 72
 DIM = WIDTH // HEADS
 RESULTS = ("normed", "stream", "d normed", "d stream", *(f"d {name}" for name in Weights._fields))
 SHAPES = {
-    "gpt2": Shape(DIM, is_causal=True, activation="gelu_tanh", rms=False, eps=1e-5, eps_after=1e-3),
-    "modern": Shape(DIM, is_causal=True, activation="silu", rms=True, eps=1e-6, eps_after=1e-3),
-    "vit": Shape(DIM, is_causal=False, activation="gelu", rms=False, eps=1e-6, eps_after=1e-6),
+    "gpt2": Shape(HEADS, DIM, is_causal=True, activation="gelu_tanh", rms=False, eps=1e-5, eps_after=1e-3),
+    "modern": Shape(HEADS, DIM, is_causal=True, activation="silu", rms=True, eps=1e-6, eps_after=1e-3),
+    "vit": Shape(HEADS, DIM, is_causal=False, activation="gelu", rms=False, eps=1e-6, eps_after=1e-6),
 }
 KINDS = {  # dtypes of normed, stream and weights
     "fp32": (torch.float32, torch.float32, torch.float32),
@@ -203,15 +203,29 @@ def test_frozen_weights_and_evaluation(layout: str) -> None:
     assert_same(again, [t.detach() for t in outputs], layout)
 
 
-def test_of_a_frozen_layer_nothing_is_kept_for_the_norm_behind_it() -> None:
+@pytest.mark.parametrize("trained", ["norm_after_bias", "down", "up_bias", "norm"])
+def test_attention_that_learns_nothing_keeps_nothing(trained: str) -> None:
+    """The operators run where backward ends before it comes to attention."""
     w = make_weights("gpt2")
-    for name, t in w._asdict().items():
-        if t is not None and not name.startswith("norm_after"):
+    for t in w:
+        if t is not None:
             t.requires_grad_(False)
-    assert pre_norm_layer(*inputs(), w, SHAPES["gpt2"]) is None
-    w.norm_after.requires_grad_(False)
-    w.norm_after_bias.requires_grad_(False)  # type: ignore[union-attr]
     assert pre_norm_layer(*inputs(), w, SHAPES["gpt2"]) is not None
+    getattr(w, trained).requires_grad_()
+    assert pre_norm_layer(*inputs(), w, SHAPES["gpt2"]) is None
+    w.out_bias.requires_grad_()  # type: ignore[union-attr]
+    assert pre_norm_layer(*inputs(), w, SHAPES["gpt2"]) is not None
+
+
+def test_biases_changed_before_backward() -> None:
+    w, given = make_weights("gpt2"), inputs()
+    outputs = [layer(*given, w, SHAPES["gpt2"], None)[0] for layer in (pre_norm_layer, by_operators)]  # type: ignore[index]
+    with torch.no_grad():
+        for name, t in w._asdict().items():
+            if name.endswith("bias"):
+                t.add_(1)
+    found, expected = (torch.autograd.grad(y.cos().sum(), w.qkv) for y in outputs)
+    assert_same(found, expected, "qkv")
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -268,6 +282,31 @@ def test_left_to_the_operators(case: str) -> None:
         assert pre_norm_layer(normed, stream, w, SHAPES["gpt2"]) is None
 
 
+@pytest.mark.parametrize("layout", SHAPES)
+@pytest.mark.parametrize("name", Weights._fields)
+def test_weights_of_another_size(name: str, layout: str) -> None:
+    """Kernels would read beyond them; operators say what is wrong."""
+    w, rotation = make_weights(layout), rotation_of(layout, S)
+    t = getattr(w, name)
+    if t is None:
+        pytest.skip("not in this layout")
+    for dim in range(t.dim()):
+        for other in (torch.cat([t, t], dim), t.narrow(dim, 0, t.shape[dim] - 1).contiguous()):
+            wrong = w._replace(**{name: other})
+            assert pre_norm_layer(*inputs(), wrong, SHAPES[layout], rotation) is None
+            with pytest.raises((RuntimeError, ValueError)):
+                by_operators(*inputs(), wrong, SHAPES[layout], rotation)
+
+
+def test_rotations() -> None:
+    """Too short a one is the operator's error; gradients of one are the operators' too."""
+    w, rotation = make_weights("modern"), rotation_of("modern", S)
+    assert rotation is not None
+    assert pre_norm_layer(*inputs(), w, SHAPES["modern"], (rotation[0][1:], rotation[1][1:])) is None
+    rotation[1].requires_grad_()
+    assert pre_norm_layer(*inputs(), w, SHAPES["modern"], rotation) is None
+
+
 # ---- models ----
 
 
@@ -312,6 +351,8 @@ def touched(case: str, model, block, norm_after) -> None:
         norm_after.register_forward_pre_hook(lambda *_: None)
     elif case == "backward hooks of the MLP":
         block.mlp.register_full_backward_hook(lambda *_: None)
+    elif case == "a compiled MLP":
+        block.mlp.compile(backend="eager")
     elif case == "another forward":
         block.mlp.forward = block.mlp.forward
     elif case == "another norm":
@@ -329,6 +370,7 @@ def touched(case: str, model, block, norm_after) -> None:
         "hooks of the norm within",
         "hooks of the norm after",
         "backward hooks of the MLP",
+        "a compiled MLP",
         "another forward",
         "another norm",
         "a parameter of another class",
@@ -344,6 +386,38 @@ def test_a_touched_part_is_called(name: str, case: str) -> None:
     touched(case, model, block, norm_after)
     assert {"pre_norm_layer", "attention"} <= operators(model, x)  # the other layer is as before
     torch.testing.assert_close(model(x), expected)
+
+
+class Twice(torch.nn.Module):
+    def forward(self, x: Tensor, *_) -> Tensor:
+        return x + x
+
+
+PARTS = [("gpt2", "attention"), ("modern", "mlp"), ("vit", "self_attention"), ("vit", "mlp"), ("vit", "dropout")]
+
+
+@pytest.mark.parametrize(("name", "part"), PARTS)
+def test_a_replaced_part_is_called(name: str, part: str) -> None:
+    """Whatever it lacks of what the part before it had."""
+    model, x = make_model(name)
+    if name == "vit":
+        torch.nn.init.normal_(model.heads[0].weight)  # type: ignore[index, arg-type]
+    plain = model(x)
+    for block in model.encoder.layers if name == "vit" else model.blocks:  # type: ignore[union-attr]
+        setattr(block, part, Twice())
+    assert "pre_norm_layer" not in operators(model, x)
+    assert not torch.allclose(model(x), plain)
+
+
+def test_global_hooks_see_every_part() -> None:
+    model, x = make_model("gpt2")
+    seen: set[str] = set()
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda m, *_: seen.add(type(m).__name__))
+    try:
+        model(x)
+    finally:
+        hook.remove()
+    assert {"SelfAttention", "MLP", "LayerNorm", "Linear"} <= seen
 
 
 def test_dense_layers_with_an_activation() -> None:

@@ -172,11 +172,12 @@ class Block(torch.nn.Module):
         self, normed: Tensor, stream: Tensor, norm_after: torch.nn.Module, rotation: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor] | None:
         """As one function to autograd; None where that is not possible, or a part is not `untouched`."""
-        attention, mlp, dense = self.attention, self.mlp, (self.attention.qkv, self.attention.out)
+        attention, mlp = self.attention, self.mlp
         if not normed.is_cpu or torch.compiler.is_compiling():
             return None
         if not untouched(attention, SelfAttention) or not untouched(mlp, MLP, nn.GatedMLP):
             return None
+        dense = (attention.qkv, attention.out)
         if any(not untouched(linear, nn.Linear) or linear.activation for linear in dense):
             return None
         return at_once(
@@ -189,6 +190,7 @@ class Block(torch.nn.Module):
             down=mlp.down,
             gate=mlp.gate if isinstance(mlp, nn.GatedMLP) else None,
             activation=mlp.activation,
+            heads=attention.heads,
             head_dim=attention.head_dim,
             is_causal=True,
             rotation=rotation,

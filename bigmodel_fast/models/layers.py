@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from .. import nn, ops
@@ -45,9 +46,11 @@ def recompute_layers(model: torch.nn.Module, on: bool = True) -> None:
 
 
 def untouched(module: torch.nn.Module, *kinds: type) -> bool:
-    """Whether a module is of one of these very classes, has no hooks, and does what its class does."""
+    """Whether a module is of one of these very classes, nobody watches it, and it does what its class does."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) in kinds and not hooks and "forward" not in module.__dict__
+    if type(module) not in kinds or hooks or _has_any_global_hook():
+        return False
+    return "forward" not in module.__dict__ and module._compiled_call_impl is None
 
 
 @dataclass(frozen=True)

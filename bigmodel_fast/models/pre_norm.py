@@ -20,6 +20,7 @@ def at_once(
     up: torch.nn.Linear,
     down: torch.nn.Linear,
     activation: str,
+    heads: int,
     head_dim: int,
     is_causal: bool,
     gate: torch.nn.Linear | None = None,
@@ -33,6 +34,7 @@ def at_once(
         normed, stream: [B, S, width]; the first norm's output, and what it normed.
         norms: the layer's second norm, and the one behind it.
         qkv: weight and bias of the projection to queries, keys and values.
+        heads: of queries.
         up, down, gate: of the MLP; with a gate it is a gated one, without biases.
         rotation: cos and sin of rotary positions.
     """
@@ -58,5 +60,5 @@ def at_once(
         norm_after=norm_after.weight,
         norm_after_bias=None if rms else norm_after.bias,
     )
-    shape = Shape(head_dim, is_causal, activation, rms, norm.eps, norm_after.eps)
+    shape = Shape(heads, head_dim, is_causal, activation, rms, norm.eps, norm_after.eps)
     return pre_norm_layer(normed, stream, weights, shape, rotation)

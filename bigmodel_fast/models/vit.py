@@ -101,12 +101,12 @@ class Block(torch.nn.Module):
     def _at_once(self, normed: Tensor, stream: Tensor, norm_after: torch.nn.Module) -> tuple[Tensor, Tensor] | None:
         """As one function to autograd; None where that is not possible, or a part is not `untouched`."""
         attention, mlp, dropout = self.self_attention, self.mlp, self.dropout
-        if not normed.is_cpu or torch.compiler.is_compiling() or (dropout.training and dropout.p > 0):
-            return None
-        if attention.training and (attention.dropout or attention.attention_dropout):
+        if not normed.is_cpu or torch.compiler.is_compiling():
             return None
         parts = ((attention, SelfAttention), (mlp, MLP), (dropout, torch.nn.Dropout))
-        if not all(untouched(*part) for part in parts):
+        if not all(untouched(*part) for part in parts) or (dropout.training and dropout.p > 0):
+            return None
+        if attention.training and (attention.dropout or attention.attention_dropout):
             return None
         up, down = mlp.dense
         return at_once(
@@ -118,6 +118,7 @@ class Block(torch.nn.Module):
             up=up,
             down=down,
             activation="gelu",
+            heads=attention.heads,
             head_dim=attention.head_dim,
             is_causal=False,
         )

@@ -75,7 +75,7 @@ def encoder_layer(
     """
     dtype = _layers.compute_dtype([x], weights[:_MATRICES], weights[_MATRICES:])
     dimensions = (3,) if starts is None or first else (2, 3)
-    if dtype is None or x.dim() not in dimensions:
+    if dtype is None or x.dim() not in dimensions or not _fit(x.shape[-1], weights, shape.head_dim):
         return None
     dropouts = shape[-3:]
     name = "encoder_layer" if starts is None else "encoder_layer_varlen"
@@ -96,6 +96,20 @@ def encoder_layer(
         rows = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1])
     keeps = _dense.needs_grad(x, *weights)
     return _EncoderLayer.apply(x, rows, query_starts, starts, lengths, dtype, shape, seeds, keeps, *weights)
+
+
+def _fit(width: int, w: Weights, head_dim: int) -> bool:
+    all_heads, hidden = len(w.query), len(w.up)
+    return all_heads % head_dim == 0 and _layers.fit(
+        [
+            *((t, (all_heads, width)) for t in (w.query, w.key, w.value)),
+            *((t, (all_heads,)) for t in (w.query_bias, w.key_bias, w.value_bias)),
+            *((w.out, (width, all_heads)), (w.out_bias, (width,))),
+            *((w.up, (hidden, width)), (w.up_bias, (hidden,))),
+            *((w.down, (width, hidden)), (w.down_bias, (width,))),
+            *((t, (width,)) for t in (w.norm1, w.norm1_bias, w.norm2, w.norm2_bias)),
+        ]
+    )
 
 
 class _EncoderLayer(torch.autograd.Function):
@@ -142,9 +156,10 @@ class _EncoderLayer(torch.autograd.Function):
         )
         z, _, mean2, rstd2 = call.layer_norm_fwd(sum2, w.norm2, w.norm2_bias, None, shape.eps2, x.dtype)
         ctx.shape, ctx.dtype, ctx.options, ctx.x_shape = shape, dtype, options, x.shape
+        ctx.dtypes = _layers.dtypes_of(weights)
         ctx.save_for_backward(
             *(narrow, asking, q, k, v, attended, stats, sum1, mean1, rstd1, y_narrow, pre, sum2, mean2, rstd2),
-            *(rows, query_starts, starts, lengths, *seeds, *weights),
+            *(rows, query_starts, starts, lengths, *seeds, *_layers.without_biases(w)),
         )
         return _dense.shaped(z, x.shape if rows is None else (x.shape[0], len(z) // x.shape[0], x.shape[-1]))
 
@@ -198,4 +213,4 @@ class _EncoderLayer(torch.autograd.Function):
             *(dquery_bias, dkey_bias, dvalue_bias, dout_bias, dup_bias, ddown_bias),
             *(dnorm1, dnorm1_bias, dnorm2, dnorm2_bias),
         )
-        return dx.view(ctx.x_shape) if wants_x else None, *(None,) * 8, *_layers.of_weights(grads, w, wants)
+        return dx.view(ctx.x_shape) if wants_x else None, *(None,) * 8, *_layers.of_weights(grads, ctx.dtypes, wants)

@@ -4,7 +4,7 @@ They run the kernels of the operators they are made of, and spare what lies betw
 are made, norms write the operands of the products beside them, and Python is called once each way.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,11 @@ def compute_dtype(inputs: Sequence[Tensor], matrices: Sequence[Tensor], others: 
     return dtype if matrices[0].dtype in (torch.float32, dtype) else None
 
 
+def fit(shapes: Iterable[tuple[Tensor | None, tuple[int, ...]]]) -> bool:
+    """Whether each tensor that there is has its shape; kernels do not ask, and operators say which has not."""
+    return all(t is None or t.shape == shape for t, shape in shapes)
+
+
 def to_heads(t: Tensor, head_dim: int, batch: int | None) -> Tensor:
     """[tokens, H D] to [batch, H, tokens of each, D]; without batch, for packed sequences, to [tokens, H, D]."""
     if batch is None:
@@ -73,9 +78,19 @@ def layer_norm_bwd(
     return call.layer_norm_bwd(grad, grad_sum, total, weight, mean, rstd, True, seed, p)
 
 
+def dtypes_of(weights: Sequence[Tensor | None]) -> list[torch.dtype | None]:
+    """What backward has to know of all weights."""
+    return [None if t is None else t.dtype for t in weights]
+
+
+def without_biases(weights: Any) -> Any:
+    """A named tuple of weights as backward keeps them: whoever changes a bias meanwhile does no harm."""
+    return weights._replace(**{name: None for name in weights._fields if name.endswith("bias")})
+
+
 def of_weights(
-    grads: Sequence[Tensor | None], weights: Sequence[Tensor | None], wants: Sequence[Any]
+    grads: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None], wants: Sequence[Any]
 ) -> Iterator[Tensor | None]:
     """Gradients in the dtypes of their weights; None of those that are not wanted."""
-    for grad, weight, want in zip(grads, weights, wants, strict=True):
-        yield grad.to(weight.dtype) if want and grad is not None and weight is not None else None
+    for grad, dtype, want in zip(grads, dtypes, wants, strict=True):
+        yield grad.to(dtype) if want and grad is not None and dtype is not None else None

@@ -36,12 +36,12 @@ class Weights(NamedTuple):
 
 
 _MATRICES = Weights._fields.index("qkv_bias")  # so many stand first
-_LAYER = Weights._fields.index("norm_after")  # so many are the layer's own
 
 
 class Shape(NamedTuple):
     """What a layer is, beside its weights."""
 
+    heads: int  # of queries
     head_dim: int
     is_causal: bool
     activation: str
@@ -71,12 +71,33 @@ def pre_norm_layer(
     dtype = _layers.compute_dtype([normed, stream], matrices, others)
     if dtype is None or normed.dtype is not dtype or normed.dim() != 3 or normed.shape != stream.shape:
         return None
-    keeps = _dense.needs_grad(normed, stream, *weights[:_LAYER])
-    if not keeps and _dense.needs_grad(*weights[_LAYER:]):
-        return None  # backward ends behind a frozen layer
+    w, of_rotation = weights, rotation or (None, None)
+    if not _fit(normed, w, shape, of_rotation) or _dense.needs_grad(*of_rotation):
+        return None
+    keeps = _dense.needs_grad(normed, stream, w.qkv, w.qkv_bias, w.out, w.out_bias)
+    if not keeps and _dense.needs_grad(*weights):
+        return None  # backward ends before it comes to attention: operators keep only what it needs
     if not _dispatch.use_native("pre_norm_layer", None, normed):
         return None
-    return _PreNormLayer.apply(normed, stream, *(rotation or (None, None)), shape, keeps, *weights)
+    return _PreNormLayer.apply(normed, stream, *of_rotation, shape, keeps, *weights)
+
+
+def _fit(normed: Tensor, w: Weights, shape: Shape, rotation: tuple[Tensor | None, Tensor | None]) -> bool:
+    _, length, width = normed.shape
+    hidden, query_width = len(w.up), shape.heads * shape.head_dim
+    keys_values = len(w.qkv) - query_width
+    if keys_values <= 0 or keys_values % (2 * shape.head_dim) or 2 * query_width % keys_values:
+        return False
+    return _layers.fit(
+        [
+            *((w.qkv, (len(w.qkv), width)), (w.qkv_bias, (len(w.qkv),))),
+            *((w.out, (width, query_width)), (w.out_bias, (width,))),
+            *((w.gate, (hidden, width)), (w.up, (hidden, width)), (w.up_bias, (hidden,))),
+            *((w.down, (width, hidden)), (w.down_bias, (width,))),
+            *((t, (width,)) for t in (w.norm, w.norm_bias, w.norm_after, w.norm_after_bias)),
+            *((t, (length, shape.head_dim)) for t in rotation),
+        ]
+    )
 
 
 def _given(tensors: Sequence[Tensor | None]) -> list[Tensor]:
@@ -119,11 +140,11 @@ class _PreNormLayer(torch.autograd.Function):
             added, gate_pre, pre = call.gated_mlp_fwd(y, w.gate, w.up, w.down, shape.activation, keeps)
         z, sum2, *stats2 = _norm_fwd(added, sum1, w.norm_after, w.norm_after_bias, shape.eps_after, shape.rms)
         z, sum2 = _dense.shaped(z, size), _dense.shaped(sum2, size)
-        ctx.shape, ctx.options = shape, options
+        ctx.shape, ctx.options, ctx.dtypes = shape, options, _layers.dtypes_of(weights)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             *(x, q, k, v, attended, attention_stats, sum1, *stats1, y, gate_pre, pre, sum2, *stats2),
-            *(cos, sin, *weights),
+            *(cos, sin, *_layers.without_biases(w)),
         )
         return z, sum2
 
@@ -177,15 +198,14 @@ class _PreNormLayer(torch.autograd.Function):
             dnormed.view(size) if wants_normed else None,
             dsum1.view(size) if wants_stream else None,
             *(None,) * 4,
-            *_layers.of_weights(grads, w, wants),
+            *_layers.of_weights(grads, ctx.dtypes, wants),
         )
 
 
 def _heads(w: Weights, shape: Shape) -> list[int]:
     """How many of queries, keys and values there are."""
-    queries = w.out.shape[1] // shape.head_dim
-    keys = (len(w.qkv) // shape.head_dim - queries) // 2
-    return [queries, keys, keys]
+    keys = (len(w.qkv) // shape.head_dim - shape.heads) // 2
+    return [shape.heads, keys, keys]
 
 
 def _norm_fwd(
