@@ -140,8 +140,8 @@ BMF_INLINE void store_row_pair(float* panel, Vec first, Vec second, bool has_sec
   if (has_second) store(panel + kPanel, second);
 }
 
-// One panel of B: columns [col, col + cols) and all `k` rows of the view, to panel[unit][kPanel]; missing columns are
-// zero.
+// One panel of B: columns [col, col + cols) and all `k` rows of the view, to panel[unit][kPanel]. Of missing columns
+// those that complete a register are zero; the others are not read by anyone.
 template <class Mode, class T>
 void pack_panel(const MatrixView<T>& b, int64_t k, int64_t col, int cols, float* panel) {
   const int64_t units = units_of<Mode>(k);
@@ -149,9 +149,10 @@ void pack_panel(const MatrixView<T>& b, int64_t k, int64_t col, int cols, float*
     for (int64_t u = 0; u < units; ++u) {
       const int64_t row = u * Mode::kPerUnit;
       const bool has_second = Mode::kPerUnit == 2 && row + 1 < k;
-      for (int v = 0; v < kPanelVecs; ++v) {
+      for (int v = 0; v < kPanelVecs; ++v) {  // a number that the compiler knows: it is twice as fast
         const int c = v * kLanes, left = cols - c;
-        const int lanes = left >= kLanes ? kLanes : left > 0 ? left : 0;
+        if (left <= 0) break;
+        const int lanes = left < kLanes ? left : kLanes;
         const T* second = has_second ? b.at(row + 1, col + c) : nullptr;
         store(panel + u * kPanel + c, interleave_rows<Mode>(b.at(row, col + c), second, lanes));
       }
@@ -160,7 +161,7 @@ void pack_panel(const MatrixView<T>& b, int64_t k, int64_t col, int cols, float*
   }
   // Rows are contiguous (weights as torch keeps them: [out, in]): transpose squares of kLanes units. All of kLanes rows
   // before the next: the hardware prefetches so many streams and not kPanel of them.
-  for (int c = 0; c < kPanel; c += kLanes) {
+  for (int c = 0; c < cols; c += kLanes) {
     for (int64_t u = 0; u < units; u += kLanes) {
       const int64_t here = units - u < kLanes ? units - u : kLanes;
       Vec square[kLanes];

@@ -74,7 +74,11 @@ class AttentionBackward {
     const Scratch plan((key_blocks_ * 2 + 1) * sizeof(int64_t) * heads);
     int64_t* work = plan.at<int64_t>(0);         // [heads][key_blocks_]
     int64_t* cuts = work + heads * key_blocks_;  // [heads][key_blocks_ + 1]
-    for (int64_t i = 0; i < heads * key_blocks_; ++i) total += work[i] = block_work(i / key_blocks_, i % key_blocks_);
+    for (int64_t i = 0; i < heads * key_blocks_; ++i) {
+      const int64_t head = i / key_blocks_;
+      work[i] = head % args_.key_heads == 0 ? block_work(head, i % key_blocks_) : work[i - key_blocks_];
+      total += work[i];
+    }
     int64_t most = 0;
     for (int64_t i = 0; i < heads; ++i) most = larger(most, sum_of(work + i * key_blocks_, key_blocks_));
     int64_t parts = 1;
@@ -183,22 +187,23 @@ class AttentionBackward {
                 int64_t next) const {
     const AttentionSequence& s = sequence(key_head);
     const int64_t key = first * kKeys, keys = smaller(last * kKeys, s.keys) - key;
-    if (keys > 0) __builtin_memset(mine + sums_at_, 0, (last - first) * 2 * dim_ * kKeys * 4);
+    if (keys > 0) __builtin_memset(mine + sums_at_, 0, (last - first) * 2 * dim_ * sum_stride(s) * 4);
     const RowRange rows = keys > 0 ? queries_of(s, 0, s.queries, key, keys) : RowRange{0, 0};
     const int64_t begin = rows.begin / kQueries, end = ceil_div(rows.end, kQueries);
     for (int64_t member = 0; member < group_; ++member) {
       const int64_t head = key_head % args_.key_heads * group_ + member;
       float* dq = dq_of(member);
       if (begin < end)
-        __builtin_memset(dq + begin * kQueries * dq_stride_, 0, (end - begin) * kQueries * dq_stride_ * 4);
+        __builtin_memset(dq + begin * kQueries * dq_stride_, 0,
+                         (smaller(end * kQueries, s.queries) - begin * kQueries) * dq_stride_ * 4);
       for (int64_t b = begin; b < end; ++b) pack_queries(s, head, b, mine);
       for (int64_t k = first; k < last && k * kKeys < s.keys; ++k) {
         const RowRange seeing = queries_of(s, 0, s.queries, k * kKeys, kKeys);
         if (seeing.begin == seeing.end) continue;
         pack_keys(s, key_head % args_.key_heads, k, mine);
         for (int64_t b = seeing.begin / kQueries; b < ceil_div(seeing.end, kQueries); ++b)
-          tile(s, key_head / args_.key_heads, head, b, k, sums(mine, k - first), mine, dq + b * kQueries * dq_stride_,
-               k == first ? next : kNoHead, member);
+          tile(s, key_head / args_.key_heads, head, b, k, sums(s, mine, k - first), mine,
+               dq + b * kQueries * dq_stride_, k == first ? next : kNoHead, member);
       }
       if (!all_keys) continue;
       for (int64_t row = 0; row < s.queries; ++row) {  // those that see no key get zeros
@@ -207,15 +212,17 @@ class AttentionBackward {
       }
     }
     for (int64_t k = first; k < last && k * kKeys < s.keys; ++k) {
-      const float* of = sums(mine, k - first);
+      const float* of = sums(s, mine, k - first);
       write_columns(s, args_.grad_value, key_head % args_.key_heads, k, of,
                     args_.dropout > 0 ? 1.0f / (1.0f - args_.dropout) : 1.0f);
-      write_columns(s, args_.grad_key, key_head % args_.key_heads, k, of + dim_ * kKeys, args_.scale);
+      write_columns(s, args_.grad_key, key_head % args_.key_heads, k, of + dim_ * sum_stride(s), args_.scale);
     }
   }
 
-  float* sums(char* mine, int64_t block) const {
-    return reinterpret_cast<float*>(mine + sums_at_) + block * 2 * dim_ * kKeys;
+  // Floats from a row to the next of sums [dim][keys of a block]: sequences are often short.
+  static int64_t sum_stride(const AttentionSequence& s) { return smaller(kKeys, ceil_div(s.keys, kLanes) * kLanes); }
+  float* sums(const AttentionSequence& s, char* mine, int64_t block) const {
+    return reinterpret_cast<float*>(mine + sums_at_) + block * 2 * dim_ * sum_stride(s);
   }
 
   Block queries(char* mine, int64_t block) const {
@@ -239,7 +246,7 @@ class AttentionBackward {
     pack(args_.grad_out, g_rows_at_, g_columns_at_);
     float *top = reinterpret_cast<float*>(to + stats_at_), *inverse_sum = top + kQueries, *delta = top + 2 * kQueries;
     const RowStats* from = args_.stats + (s.batch * args_.heads + head) * args_.stats_rows + s.query_first + first;
-    for (int64_t r = 0; r < kQueries; ++r) {
+    for (int64_t r = 0; r < smaller(rows + 1, kQueries); ++r) {  // softmax takes two at a time
       const RowStats stats = r < rows ? from[r] : RowStats{kInfinity, 0};
       top[r] = kFoldsSum && stats.inverse_sum > 0 ? stats.top - __builtin_log2f(stats.inverse_sum) : stats.top;
       inverse_sum[r] = stats.inverse_sum;
@@ -271,7 +278,7 @@ class AttentionBackward {
                        reinterpret_cast<float*>(mine + k_rows_at_) + p * kKeyUnits * kPanel);
   }
 
-  // One block of queries with one block of keys. `sum`: dV^T and dK^T, [dim][kKeys] each.
+  // One block of queries with one block of keys. `sum`: dV^T and dK^T, [dim][sum_stride] each.
   void tile(const AttentionSequence& s, int64_t sequence, int64_t head, int64_t query_block, int64_t key_block,
             float* sum, char* mine, float* dq, int64_t next, int64_t member) const {
     const int64_t row = query_block * kQueries, rows = smaller(kQueries, s.queries - row), key = key_block * kKeys;
@@ -300,9 +307,9 @@ class AttentionBackward {
       const int64_t unit = begin / kPerUnit, units = units_of<Mode>(end) - unit;
       const int cols = static_cast<int>(smaller(kPanel, s.keys - key - c));
       multiply_panel<Mode, true>(q.g_columns + unit * 4, column_stride_, p_panel + unit * kPanel, units, dim_, cols,
-                                 sum + c, kKeys);
+                                 sum + c, sum_stride(s));
       multiply_panel<Mode, true>(q.q_columns + unit * 4, column_stride_, ds_panel + unit * kPanel, units, dim_, cols,
-                                 sum + dim_ * kKeys + c, kKeys);
+                                 sum + dim_ * sum_stride(s) + c, sum_stride(s));
     }
 
     auto units = [&](int64_t r, int64_t n) {
@@ -355,7 +362,7 @@ class AttentionBackward {
           modify_scores(args_, s, panel.head, row, {own[i].begin + panel.key, own[i].end + panel.key}, panel.key,
                         scores + (r + i) * kPanel, slopes ? slopes + (r + i) * kPanel : nullptr);
       }
-      for (int64_t c = 0; c < kPanel; c += kLanes) {
+      for (int64_t c = 0; c < smaller(kPanel, s.keys - panel.key); c += kLanes) {
         Vec p[2], ds[2];
         for (int i = 0; i < 2; ++i) {
           const int64_t at = first + r + i, place = (r + i) * kPanel + c;
@@ -437,14 +444,15 @@ class AttentionBackward {
       });
   }
 
-  // The columns of sums [dim][kKeys], times a factor, as rows of a gradient.
+  // The columns of sums [dim][sum_stride], times a factor, as rows of a gradient.
   void write_columns(const AttentionSequence& s, const AttentionOperand& grad, int64_t head, int64_t block,
                      const float* of, float factor) const {
     const int64_t first = block * kKeys, count = smaller(kKeys, s.keys - first);
     for (int64_t k = 0; k < count; k += kLanes)
       for_lanes(dim_, [&](int64_t c, int lanes) {
         Vec square[kLanes];
-        for (int i = 0; i < kLanes; ++i) square[i] = i < lanes ? load(of + (c + i) * kKeys + k) * factor : Vec{};
+        for (int i = 0; i < kLanes; ++i)
+          square[i] = i < lanes ? load(of + (c + i) * sum_stride(s) + k) * factor : Vec{};
         transpose_units(square);
         for (int i = 0; i < kLanes && k + i < count; ++i)
           store_lanes(rows_of<T>(grad, s, s.key_first + first + k + i, head) + c, square[i], lanes);
