@@ -63,6 +63,8 @@ class ViTConfig:
 class MLP(torch.nn.Sequential):
     """gelu between two Linears, 0 and 3, run as one operator."""
 
+    activation = "gelu"
+
     def __init__(self, config: ViTConfig):
         hidden = config.mlp_width or 4 * config.width
         up, down = torch.nn.Linear(config.width, hidden), torch.nn.Linear(hidden, config.width)
@@ -73,7 +75,7 @@ class MLP(torch.nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.dense
-        return ops.mlp(x, up.weight, up.bias, down.weight, down.bias, activation="gelu")
+        return ops.mlp(x, up.weight, up.bias, down.weight, down.bias, activation=self.activation)
 
     @property
     def dense(self) -> tuple[torch.nn.Linear, torch.nn.Linear]:
@@ -117,7 +119,7 @@ class Block(torch.nn.Module):
             out=attention.out_proj,
             up=up,
             down=down,
-            activation="gelu",
+            activation=mlp.activation,
             heads=attention.heads,
             head_dim=attention.head_dim,
             is_causal=False,

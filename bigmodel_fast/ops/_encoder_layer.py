@@ -99,6 +99,7 @@ def encoder_layer(
 
 
 def _fit(width: int, w: Weights, head_dim: int) -> bool:
+    """Whether sizes go together."""
     all_heads, hidden = len(w.query), len(w.up)
     return all_heads % head_dim == 0 and _layers.fit(
         [

@@ -67,22 +67,23 @@ def pre_norm_layer(
     Returns:
         As normed and stream in shape and dtype.
     """
-    matrices, others = _given(weights[:_MATRICES]), _given((*weights[_MATRICES:], *(rotation or ())))
+    w, cos_sin = weights, rotation or (None, None)
+    matrices, others = _given(w[:_MATRICES]), _given((*w[_MATRICES:], *cos_sin))
     dtype = _layers.compute_dtype([normed, stream], matrices, others)
     if dtype is None or normed.dtype is not dtype or normed.dim() != 3 or normed.shape != stream.shape:
         return None
-    w, of_rotation = weights, rotation or (None, None)
-    if not _fit(normed, w, shape, of_rotation) or _dense.needs_grad(*of_rotation):
+    if not _fit(normed, w, shape, cos_sin) or _dense.needs_grad(*cos_sin):
         return None
     keeps = _dense.needs_grad(normed, stream, w.qkv, w.qkv_bias, w.out, w.out_bias)
-    if not keeps and _dense.needs_grad(*weights):
+    if not keeps and _dense.needs_grad(*w):
         return None  # backward ends before it comes to attention: operators keep only what it needs
     if not _dispatch.use_native("pre_norm_layer", None, normed):
         return None
-    return _PreNormLayer.apply(normed, stream, *of_rotation, shape, keeps, *weights)
+    return _PreNormLayer.apply(normed, stream, *cos_sin, shape, keeps, *w)
 
 
-def _fit(normed: Tensor, w: Weights, shape: Shape, rotation: tuple[Tensor | None, Tensor | None]) -> bool:
+def _fit(normed: Tensor, w: Weights, shape: Shape, cos_sin: tuple[Tensor | None, Tensor | None]) -> bool:
+    """Whether sizes go together."""
     _, length, width = normed.shape
     hidden, query_width = len(w.up), shape.heads * shape.head_dim
     keys_values = len(w.qkv) - query_width
@@ -95,7 +96,7 @@ def _fit(normed: Tensor, w: Weights, shape: Shape, rotation: tuple[Tensor | None
             *((w.gate, (hidden, width)), (w.up, (hidden, width)), (w.up_bias, (hidden,))),
             *((w.down, (width, hidden)), (w.down_bias, (width,))),
             *((t, (width,)) for t in (w.norm, w.norm_bias, w.norm_after, w.norm_after_bias)),
-            *((t, (length, shape.head_dim)) for t in rotation),
+            *((t, (length, shape.head_dim)) for t in cos_sin),
         ]
     )
 
