@@ -6,6 +6,8 @@ does all of it: DistributedDataParallel or fully_shard (FSDP2), over gloo on CPU
 """
 
 import contextlib
+import gc
+import importlib
 import os
 import secrets
 import signal
@@ -41,6 +43,9 @@ class Ranks:
         if self.size == 1:
             return
         import torch.distributed as dist
+
+        # The defaults of its functions are the group of the moment, which they would hold for good.
+        importlib.import_module("torch.distributed.nn.functional")
 
         if device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -204,11 +209,18 @@ def shard(model: nn.Module, device: torch.device, ranks: int) -> None:
 
 
 def leave() -> None:
-    """Ends this process's part in the group; nothing where there is none."""
+    """Ends this process's part in the group and the group's threads; nothing where there is none.
+
+    A thread that lets go of a tensor while the interpreter ends aborts the process. Threads end with their group, when
+    nothing holds it any more: models that were spread over it must be gone. DTensor's caches hold it for good, so its
+    threads get the time to let go of what they have worked on.
+    """
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
+        time.sleep(0.1)
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
