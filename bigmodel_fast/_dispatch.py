@@ -137,7 +137,7 @@ def unsupported(*tensors: torch.Tensor | None) -> str | None:
     for t in tensors:
         if t is None:
             continue
-        dtypes = _DTYPES.get(t.device.type)
+        dtypes = _DTYPES.get("cpu" if t.is_cpu else t.device.type)
         if dtypes is None:
             return f"no kernel for device {t.device.type}"
         if t.dtype not in dtypes:

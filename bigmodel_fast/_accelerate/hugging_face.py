@@ -250,18 +250,22 @@ class FastBertLayer(FastBertMLP):
         return super().forward(hidden_states, attention_mask, *args, **kwargs) if y is None else y  # type: ignore[misc]
 
     def _parts(self: Any) -> post_norm.Parts | None:
-        attention, intermediate, output = self.attention, self.intermediate, self.output
-        inner = attention.self
-        fast = all(isinstance(m, k) for m, k in ((inner, FastBertAttention), (attention.output, FastBertOutput)))
-        if not fast or not interface.is_class(attention, ATTENTION_BLOCKS):
+        attention, intermediate, output = swap.children(self, "attention", "intermediate", "output")
+        if not interface.is_class(attention, ATTENTION_BLOCKS):
             return None
+        inner, added = swap.children(attention, "self", "output")
+        if not all(isinstance(m, kind) for m, kind in ((inner, FastBertAttention), (added, FastBertOutput))):
+            return None
+        query, key, value, dropout = swap.children(inner, "query", "key", "value", "dropout")
+        out, norm1, dropout1 = swap.children(added, *_OUTPUT)
+        down, norm2, dropout2 = swap.children(output, *_OUTPUT)
         return post_norm.Parts(
             attention=inner,
             head_dim=inner.attention_head_size,
-            dense=(inner.query, inner.key, inner.value, attention.output.dense, intermediate.dense, output.dense),
-            norms=(attention.output.LayerNorm, output.LayerNorm),
-            dropouts=(inner.dropout, attention.output.dropout, output.dropout),
-            callers=(attention, inner, attention.output, intermediate, output, intermediate.intermediate_act_fn),
+            dense=(query, key, value, out, *swap.children(intermediate, "dense"), down),
+            norms=(norm1, norm2),
+            dropouts=(dropout, dropout1, dropout2),
+            callers=(attention, inner, added, intermediate, output, intermediate.intermediate_act_fn),
             activation=plan(self)["activation"],
         )
 

@@ -29,14 +29,13 @@ def _refused(parts: Parts) -> bool:
     """Whether someone watches or replaces a part."""
     if parts.attention.is_causal or not interface.enabled(parts.attention):
         return True
-    callers = (m for m in parts.callers if isinstance(m, nn.Module))
-    if any(interface.has_hooks(m) or "forward" in m.__dict__ for m in callers):
-        return True
-    kinds = ((parts.dense, nn.Linear), (parts.norms, nn.LayerNorm), (parts.dropouts, nn.Dropout))
-    if any(m is not None and swap.not_plain(m, kind.forward) for modules, kind in kinds for m in modules):
-        return True
-    if any(m.bias is None for m in (*parts.dense, *parts.norms)):
-        return True
+    for m in parts.callers:
+        if isinstance(m, nn.Module) and (interface.has_hooks(m) or "forward" in m.__dict__):
+            return True
+    for modules, kind in ((parts.dense, nn.Linear), (parts.norms, nn.LayerNorm), (parts.dropouts, nn.Dropout)):
+        for m in modules:
+            if m is not None and swap.not_plain(m, kind.forward):
+                return True
     return not all(swap.is_fast(m) for m in parts.norms)
 
 
@@ -58,8 +57,11 @@ def run(parts: Parts, x: Tensor, mask: Tensor | None, given: dict[str, Any]) -> 
     if parts.activation not in ACTIVATIONS or interface.weights_wanted(given) or _refused(parts):
         return None
     norm1, norm2 = parts.norms
-    weights = (*(layer.weight for layer in parts.dense), *(layer.bias for layer in parts.dense))
-    norms = (norm1.weight, norm1.bias, norm2.weight, norm2.bias)
+    dense = [layer._parameters for layer in parts.dense]
+    weights = [layer.get(name) for name in ("weight", "bias") for layer in dense]
+    weights += [norm._parameters.get(name) for norm in parts.norms for name in ("weight", "bias")]
+    if any(w is None for w in weights):  # without a bias, or computed by a parametrization
+        return None
     shape = Shape(
         head_dim=parts.head_dim,
         scale=parts.attention.scaling,
@@ -71,7 +73,7 @@ def run(parts: Parts, x: Tensor, mask: Tensor | None, given: dict[str, Any]) -> 
         dropout2=_probability(parts.dropouts[2]),
     )
     lengths = None if sight is None else sight["key_lengths"]
-    return encoder_layer(x, Weights._make((*weights, *norms)), shape, starts=starts, lengths=lengths, first=first)
+    return encoder_layer(x, Weights._make(weights), shape, starts=starts, lengths=lengths, first=first)
 
 
 def _probability(dropout: Any, module: Any = None) -> float:

@@ -91,8 +91,9 @@ def in_cpu_autocast() -> bool:
 
 def autocast_dtype(t: Tensor) -> torch.dtype | None:
     """The dtype of the active autocast region on t's device, None outside of one or for float64."""
-    if t.dtype is not torch.float64 and torch.is_autocast_enabled(t.device.type):
-        return torch.get_autocast_dtype(t.device.type)
+    device = "cpu" if t.is_cpu else t.device.type  # whose name is slow to come by
+    if t.dtype is not torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
     return None
 
 

@@ -48,7 +48,9 @@ def shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
 
 def wide(bias: Tensor | None) -> Tensor | None:
     """A bias as kernels read it: contiguous float32."""
-    return None if bias is None else bias.to(torch.float32).contiguous()
+    if bias is None or (bias.dtype is torch.float32 and bias.is_contiguous()):
+        return bias
+    return bias.to(torch.float32).contiguous()
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -50,13 +50,24 @@ def fit(shapes: Iterable[tuple[Tensor | None, tuple[int, ...]]]) -> bool:
 def to_heads(t: Tensor, head_dim: int, batch: int | None) -> Tensor:
     """[tokens, H D] to [batch, H, tokens of each, D]; without batch, for packed sequences, to [tokens, H, D]."""
     if batch is None:
-        return t.view(len(t), -1, head_dim)
+        return t.view(t.shape[0], -1, head_dim)
     return t.view(batch, -1, t.shape[-1] // head_dim, head_dim).transpose(1, 2)
 
 
 def to_tokens(t: Tensor) -> Tensor:
     """Back again, of what attention made, which lies in memory as [B, S, H, D] or [tokens, H, D]."""
-    return (t if t.dim() == 3 else t.transpose(1, 2)).reshape(-1, t.shape[-1] * t.shape[1])
+    return t.flatten(1) if t.dim() == 3 else t.transpose(1, 2).reshape(-1, t.shape[-1] * t.shape[1])
+
+
+def layer_norm_twice(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The norm of x in x's dtype and in `dtype`, and of each row the mean and the reciprocal deviation."""
+    call = torch.ops.bigmodel_fast
+    if x.dtype is not dtype:
+        return call.layer_norm_twice_fwd(x, weight, bias, eps)
+    y, _, mean, rstd = call.layer_norm_fwd(x, weight, bias, None, eps, dtype)
+    return y, y, mean, rstd
 
 
 def layer_norm_bwd(
