@@ -144,9 +144,12 @@ BMF_INLINE void store_row_pair(float* panel, Vec first, Vec second, bool has_sec
 // those that complete a register are zero; the others are not read by anyone.
 template <class Mode, class T>
 void pack_panel(const MatrixView<T>& b, int64_t k, int64_t col, int cols, float* panel) {
+  constexpr int64_t kRowsAhead = 16, kLine = 64 / sizeof(T);  // weights come from memory, in runs too short to foresee
   const int64_t units = units_of<Mode>(k);
   if (b.col_stride == 1) {
     for (int64_t u = 0; u < units; ++u) {
+      for (int64_t row = u * Mode::kPerUnit; row < (u + 1) * Mode::kPerUnit; ++row)
+        for (int64_t c = 0; c < kPanel; c += kLine) __builtin_prefetch(b.at(row + kRowsAhead, col + c), 0, 2);
       const int64_t row = u * Mode::kPerUnit;
       const bool has_second = Mode::kPerUnit == 2 && row + 1 < k;
       for (int v = 0; v < kPanelVecs; ++v) {  // a number that the compiler knows: it is twice as fast
@@ -165,6 +168,9 @@ void pack_panel(const MatrixView<T>& b, int64_t k, int64_t col, int cols, float*
     for (int64_t u = 0; u < units; u += kLanes) {
       const int64_t here = units - u < kLanes ? units - u : kLanes;
       Vec square[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        for (int64_t at = 0; at < kLanes * Mode::kPerUnit; at += kLine)
+          __builtin_prefetch(b.at(u * Mode::kPerUnit + at, col + c + kLanes + i), 0, 2);
       for (int i = 0; i < kLanes; ++i)
         square[i] =
             c + i < cols ? load_units<Mode>(b.at(u * Mode::kPerUnit, col + c + i), k - u * Mode::kPerUnit) : Vec{};
