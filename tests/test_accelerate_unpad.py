@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerated import DTYPES, assert_same_model, explained, loss_of, ops_used, packs
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import bigmodel_fast as bmf
 from bigmodel_fast import ops
@@ -124,6 +125,14 @@ def test_a_layer_is_one_function_unless_a_part_is_not_itself(part: str) -> None:
     layers = sum(c.count for c in bmf.explain().calls if c.op.startswith("encoder_layer"))
     assert layers == (0 if part == "a norm left out" else 2)
     assert len(seen) == (3 if part in WATCHED else 0)  # of the stock model in two dtypes, and of ours
+
+
+def test_a_weight_that_is_computed() -> None:
+    model, given = make("BertForSequenceClassification").eval(), inputs("BertForSequenceClassification")
+    bmf.accelerate(model)
+    expected = model(**given).logits
+    weight_norm(model.bert.encoder.layer[0].attention.self.query)  # weight = direction * length
+    torch.testing.assert_close(model(**given).logits, expected)
 
 
 def test_dropout_of_attention_is_the_modules() -> None:

@@ -57,11 +57,9 @@ def run(parts: Parts, x: Tensor, mask: Tensor | None, given: dict[str, Any]) -> 
     if parts.activation not in ACTIVATIONS or interface.weights_wanted(given) or _refused(parts):
         return None
     norm1, norm2 = parts.norms
-    dense = [layer._parameters for layer in parts.dense]
-    weights = [layer.get(name) for name in ("weight", "bias") for layer in dense]
+    # None of what is not there, or computed by a parametrization: encoder_layer takes no such weight.
+    weights = [layer._parameters.get(name) for name in ("weight", "bias") for layer in parts.dense]
     weights += [norm._parameters.get(name) for norm in parts.norms for name in ("weight", "bias")]
-    if any(w is None for w in weights):  # without a bias, or computed by a parametrization
-        return None
     shape = Shape(
         head_dim=parts.head_dim,
         scale=parts.attention.scaling,

@@ -126,9 +126,8 @@ def unusual_tensor(t: Tensor | None) -> str | None:
 
 
 def children(module: Any, *names: str) -> list[Any]:
-    """Attributes that usually are children, and are then found in a fraction of an attribute's time."""
-    modules = module._modules
-    return [modules[name] if name in modules else getattr(module, name) for name in names]
+    """Children by name, in a fraction of the time that attributes take."""
+    return [module._modules[name] for name in names]
 
 
 def watched(module: nn.Module) -> str | None:
