@@ -194,10 +194,11 @@ void pack_rows(const MatrixView<T>& a, int64_t k, int64_t row, int rows, float* 
       }
     return;
   }
-  for (int r = 0; r < rows; r += kLanes) {  // columns are contiguous (the transpose of a row-major matrix)
-    const int lanes = rows - r < kLanes ? rows - r : kLanes;
-    for (int64_t u = 0; u < units; u += kLanes) {
-      const int64_t here = units - u < kLanes ? units - u : kLanes;
+  // Columns are contiguous (the transpose of a row-major matrix): all that is read of a cache line follows at once.
+  for (int64_t u = 0; u < units; u += kLanes) {
+    const int64_t here = units - u < kLanes ? units - u : kLanes;
+    for (int r = 0; r < rows; r += kLanes) {
+      const int lanes = rows - r < kLanes ? rows - r : kLanes;
       Vec square[kLanes] = {};
       for (int i = 0; i < here; ++i) {
         const int64_t c = (u + i) * Mode::kPerUnit;
