@@ -41,7 +41,17 @@ template <Activation kind, bool kFast>
 BMF_INLINE ValueAndSlope activate_with_slope(Vec x) {
   if constexpr (kind == Activation::none) return {x, broadcast(1.0f)};
   if constexpr (kind == Activation::relu) return {activate<kind, kFast>(x), select(x > 0.0f, broadcast(1.0f), Vec{})};
-  if constexpr (kind == Activation::gelu) {
+  if constexpr (kind == Activation::gelu && kFast) {  // Abramowitz and Stegun 7.1.26, by what the slope needs too
+    const Vec gaussian = exp2<3>(x * x * -0.72134752044448170f);
+    const Vec t = reciprocal<true>(fma(abs(x), broadcast(0.3275911f * kSqrtHalf), broadcast(1.0f)));
+    Vec tail = broadcast(0.5f * 1.061405429f);
+    tail = fma(tail, t, broadcast(0.5f * -1.453152027f));
+    tail = fma(tail, t, broadcast(0.5f * 1.421413741f));
+    tail = fma(tail, t, broadcast(0.5f * -0.284496736f));
+    tail = fma(tail, t, broadcast(0.5f * 0.254829592f)) * t * gaussian;
+    const Vec cdf = select(x > 0.0f, 1.0f - tail, tail);
+    return {x * cdf, fma(x * kInvSqrt2Pi, gaussian, cdf)};
+  } else if constexpr (kind == Activation::gelu) {
     const Vec cdf = fma(erf(x * kSqrtHalf), broadcast(0.5f), broadcast(0.5f));
     return {x * cdf, fma(x * kInvSqrt2Pi, exp(x * x * -0.5f), cdf)};
   }
