@@ -7,9 +7,9 @@ A small Transformer learns scikit-learn's handwritten digits (or another folder 
 reads it) twice: as usual, and so that the weights tell next to nothing of any one image. Opacus clips the gradient of
 each sample and adds noise; how much it may spend, epsilon at delta, is given, and what was spent is reported.
 
-What is special is the gradient of each sample, of which ordinary training makes the sum only. `prepare` makes a model
-of bigmodel_fast.nn's Linear, LayerNorm, RMSNorm and GatedMLP ready: it tells opacus how to make theirs. Weights that
-are used without a module's forward (models.GPT's tied table, ViT's first layer) have no such rule.
+What is special is the gradient of each sample, of which ordinary training makes the sum only. Opacus is told here how
+to make those of bigmodel_fast.nn's Linear, LayerNorm and RMSNorm, and GatedMLP calls its layers one by one where opacus
+watches them. Weights that are used without a module's forward (models.GPT's tied table) have no such rule.
 """
 
 import argparse
@@ -67,25 +67,6 @@ def _activation(name: str):
     from bigmodel_fast.ops._activation import activate
 
     return lambda x: activate(x, name)
-
-
-class GatedMLPInParts(nn.GatedMLP):
-    """The same function and weights; its three layers are called one by one, so that opacus sees what they see."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.gate(x) * self.up(x))
-
-
-def prepare(model: torch.nn.Module) -> torch.nn.Module:
-    """Brings every GatedMLP in a model into parts, in place, and returns the model."""
-    for module in model.modules():
-        if type(module) is nn.GatedMLP:
-            module.__class__ = GatedMLPInParts
-            for layer in (module.gate, module.up, module.down):
-                layer.__class__ = nn.Linear
-                layer.activation = None
-            module.gate.activation = module.activation
-    return model
 
 
 # ---- the model and its training ----
@@ -152,7 +133,7 @@ def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def make_private(model, optimizer, loader, *, epsilon: float, delta: float, epochs: int, clip: float):
-    """(engine, model, optimizer, loader) that spend `epsilon` at `delta` in `epochs`; the model must be prepared."""
+    """(engine, model, optimizer, loader) that spend `epsilon` at `delta` in `epochs`."""
     engine = PrivacyEngine(accountant="rdp")
     made = engine.make_private_with_epsilon(
         module=model,
@@ -180,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     loader = DataLoader(TensorDataset(images, labels), arguments.batch, shuffle=True)
     for private in (False, True):
         torch.manual_seed(0)
-        model = prepare(Classifier(*images.shape[1:], int(labels.max()) + 1))
+        model = Classifier(*images.shape[1:], int(labels.max()) + 1)
         optimizer = AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.0)
         if private:
             budget = {key: getattr(arguments, key) for key in ("epsilon", "delta", "epochs", "clip")}

@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # opacus warns of its generator and of torch's hooks
 ]
 
-from bigmodel_fast import nn, ops  # noqa: E402
+from bigmodel_fast import ops  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def test_gradients_of_each_sample_are_those_of_a_batch_of_one(private: ModuleTyp
     from opacus import GradSampleModule
 
     torch.manual_seed(0)
-    model = private.prepare(private.Classifier(1, 8, 8, 10, features=16, layers=2)).double()
+    model = private.Classifier(1, 8, 8, 10, features=16, layers=2).double()
     images, labels = torch.rand(5, 1, 8, 8, dtype=torch.float64), torch.arange(5)
     alone = []
     for image, label in zip(images, labels, strict=True):
@@ -38,21 +38,13 @@ def test_gradients_of_each_sample_are_those_of_a_batch_of_one(private: ModuleTyp
         torch.testing.assert_close(p.grad_sample, torch.stack(expected), msg=lambda text, n=name: f"{n}: {text}")
 
 
-def test_a_gated_mlp_in_parts_is_the_same_function(private: ModuleType) -> None:
-    torch.manual_seed(0)
-    mlp, x = nn.GatedMLP(16, 24).double(), torch.randn(3, 16, dtype=torch.float64)
-    whole, keys = mlp(x), list(mlp.state_dict())
-    torch.testing.assert_close(private.prepare(mlp)(x), whole)
-    assert list(mlp.state_dict()) == keys
-
-
 def test_private_training_learns_and_keeps_its_budget(private: ModuleType) -> None:
     from opacus.optimizers import DPOptimizer
 
     torch.manual_seed(0)
     images, labels = private.digits("train")
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), 256, shuffle=True)
-    model = private.prepare(private.Classifier(1, 8, 8, 10, features=32, layers=1))
+    model = private.Classifier(1, 8, 8, 10, features=32, layers=1)
     optimizer = private.AdamW(model.parameters(), lr=1e-2)
     engine, model, optimizer, loader = private.make_private(
         model, optimizer, loader, epsilon=8.0, delta=1e-4, epochs=6, clip=1.0

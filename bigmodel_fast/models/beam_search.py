@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import ops
 from .._packed_weights import packed_weights
+from ..nn import parts
 from .layers import DecoderLayer
 from .transformer import Transformer
 
@@ -48,7 +49,8 @@ class _Decoding:
         for layer, cache, memory in zip(self.layers, self.cache, self.memory, strict=True):
             x = layer.step(x, cache, self.length, starts, memory, self.memory_starts)
         self.length += 1
-        return ops.linear(model.decoder.norm(x), model.embedding.weight).float().log_softmax(-1)
+        weight = parts.tied(model.embedding, model.config.vocab_size, x.device)
+        return ops.linear(model.decoder.norm(x), weight).float().log_softmax(-1)
 
     def keep(self, rows: Tensor, done: Tensor) -> None:
         """Goes on with these rows, in this order; `done`: numbers of the sentences that have none of them."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import nn, ops
+from ..nn import parts
 from .layers import EncoderLayer, LayerShape, Stack, StreamNorm
 
 NORM_EPS = 1e-12
@@ -68,7 +69,7 @@ class BERT(Stack):
         self.norm = StreamNorm(c.width, eps=NORM_EPS)
         shape = LayerShape(c.width, c.heads, c.hidden, "gelu", False, NORM_EPS, c.dropout, c.dropout)
         self.layers = torch.nn.ModuleList(EncoderLayer(shape) for _ in range(c.layers))
-        self.transform = nn.Linear(c.width, c.width, activation="gelu")
+        self.transform = nn.Linear(c.width, c.width)
         self.transform_norm = nn.LayerNorm(c.width, eps=NORM_EPS)
         self.bias = torch.nn.Parameter(torch.zeros(c.vocab_size))
         for name, p in self.named_parameters():
@@ -91,9 +92,12 @@ class BERT(Stack):
         there = None
         if lengths is not None:
             there = torch.arange(length, device=tokens.device) < lengths.to(tokens.device)[:, None]
-        where = self.positions.weight[:length]
-        kind = self.segments.weight[0] if segments is None else ops.embedding(segments, self.segments.weight)
-        x = self.norm(ops.embedding(tokens, self.embedding.weight) + (where + kind))
+        where = parts.rows(self.positions, 0, length, tokens.device)
+        if segments is None:
+            kind = parts.rows(self.segments, 0, 1, tokens.device)
+        else:
+            kind = parts.embedding(segments, self.segments)
+        x = self.norm(parts.embedding(tokens, self.embedding) + (where + kind))
         x = ops.dropout(x, self.config.dropout if self.training else 0.0)
         if there is None:
             for layer in self.layers:
@@ -107,7 +111,7 @@ class BERT(Stack):
 
     def head(self, x: Tensor) -> Tensor:
         """[..., width], of which the product with the embeddings, plus the bias, is the logits."""
-        return self.transform_norm(self.transform(x))
+        return self.transform_norm(parts.linear(x, self.transform, activation="gelu"))
 
     def forward(
         self,
@@ -136,9 +140,10 @@ class BERT(Stack):
             rows = torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
             x = x.flatten(0, 1).index_select(0, (rows + positions).flatten()).view(*positions.shape, -1)
         x = self.head(x)
+        weight = parts.tied(self.embedding, self.config.vocab_size, x.device)
         if targets is None:
-            return ops.linear(x, self.embedding.weight, self.bias)
-        return ops.linear_cross_entropy(x, self.embedding.weight, targets, bias=self.bias, reduction=reduction)
+            return ops.linear(x, weight, self.bias)
+        return ops.linear_cross_entropy(x, weight, targets, bias=self.bias, reduction=reduction)
 
     def flops_per_token(self, length: int, predicted: float) -> float:
         """Floating-point operations of forward and backward for one token of a sequence of `length`.

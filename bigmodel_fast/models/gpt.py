@@ -17,8 +17,10 @@ from torch import Tensor
 
 from .. import nn, ops
 from .._packed_weights import packed_weights
+from ..nn import parts
+from ..nn.parts import untouched
 from ..ops._heads import split_heads
-from .layers import Stack, untouched
+from .layers import Stack
 from .pre_norm import at_once
 from .sampling import check_options, sample
 
@@ -137,8 +139,7 @@ class MLP(torch.nn.Module):
         self.down = torch.nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        up, down = self.up, self.down
-        return ops.mlp(x, up.weight, up.bias, down.weight, down.bias, activation=self.activation)
+        return parts.mlp(x, self.up, self.down, activation=self.activation)
 
 
 class Block(torch.nn.Module):
@@ -177,8 +178,7 @@ class Block(torch.nn.Module):
             return None
         if not untouched(attention, SelfAttention) or not untouched(mlp, MLP, nn.GatedMLP):
             return None
-        dense = (attention.qkv, attention.out)
-        if any(not untouched(linear, nn.Linear) or linear.activation for linear in dense):
+        if not parts.plain(attention.qkv):
             return None
         return at_once(
             normed,
@@ -236,10 +236,10 @@ class GPT(Stack):
         if end > self.config.context:
             raise ValueError(f"GPT: {end} tokens are more than the context of {self.config.context}")
         blocks = cast(list[Block], list(self.blocks))
-        x = ops.embedding(tokens, self.embedding.weight)
+        x = parts.embedding(tokens, self.embedding)
         rotation = None
         if self.positions is not None:
-            x = x + self.positions.weight[start:end]
+            x = x + parts.rows(self.positions, start, end, tokens.device)
         else:
             rotation = self.cos[start:end], self.sin[start:end]
         normed, stream = blocks[0].norm1(x), x
@@ -262,9 +262,10 @@ class GPT(Stack):
             [B, S, vocab_size] logits, or the loss in float32 (a scalar; [B, S] for "none").
         """
         x = self.hidden(tokens)
+        weight = parts.tied(self.embedding, self.config.vocab_size, x.device)
         if targets is None:
-            return ops.linear(x, self.embedding.weight)
-        return ops.linear_cross_entropy(x, self.embedding.weight, targets, reduction=reduction)
+            return ops.linear(x, weight)
+        return ops.linear_cross_entropy(x, weight, targets, reduction=reduction)
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -279,7 +280,7 @@ class GPT(Stack):
 
     def new_cache(self, batch: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `context` tokens."""
-        weight = self.embedding.weight
+        weight = next(p for p in self.parameters() if p.is_floating_point())
         shape = (batch, self.config.context, self.config.key_heads, self.config.head_dim)
         make = [weight.new_empty(shape, dtype=dtype or weight.dtype) for _ in range(2 * self.config.layers)]
         return KVCache(make[::2], make[1::2])
@@ -335,7 +336,8 @@ class GPT(Stack):
                 device = tokens.device.type
                 dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
                 cache, new = self.new_cache(len(tokens), dtype), seen
-            logits = ops.linear(self.hidden(new, cache)[:, -1], self.embedding.weight)
+            weight = parts.tied(self.embedding, self.config.vocab_size, tokens.device)
+            logits = ops.linear(self.hidden(new, cache)[:, -1], weight)
             new = sample(logits.float(), temperature, top_k, top_p, generator)
             seen = torch.cat([seen, new], dim=1)
             yield new

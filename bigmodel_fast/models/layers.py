@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from .. import nn, ops
+from ..nn import parts
+from ..nn.parts import untouched
 from ..ops._encoder_layer import Shape, Weights, encoder_layer
 from ..ops._heads import split_heads
 
@@ -43,14 +44,6 @@ def recompute_layers(model: torch.nn.Module, on: bool = True) -> None:
     for module in model.modules():
         if isinstance(module, Stack):
             module.recompute = on
-
-
-def untouched(module: torch.nn.Module, *kinds: type) -> bool:
-    """Whether a module is of one of these very classes, nobody watches it, and it does what its class does."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if type(module) not in kinds or hooks or _has_any_global_hook():
-        return False
-    return "forward" not in module.__dict__ and module._compiled_call_impl is None
 
 
 @dataclass(frozen=True)
@@ -102,7 +95,7 @@ class Attention(torch.nn.Module):
     def out(self, y: Tensor, residual: Tensor | None) -> Tensor:
         """[..., H D] to dropout(out_proj) + residual."""
         dropout = self.dropout if self.training else 0.0
-        return ops.linear(y, self.out_proj.weight, self.out_proj.bias, dropout_p=dropout, residual=residual)
+        return parts.linear(y, self.out_proj, dropout_p=dropout, residual=residual)
 
     @property
     def weight_dropout(self) -> float:
@@ -186,16 +179,8 @@ class Layer(torch.nn.Module):
         return sublayer(norm(x), x) if self.shape.norm_first else norm(sublayer(x, x.view_as(x)))
 
     def mlp(self, x: Tensor, residual: Tensor) -> Tensor:
-        return ops.mlp(
-            x,
-            self.linear1.weight,
-            self.linear1.bias,
-            self.linear2.weight,
-            self.linear2.bias,
-            activation=self.shape.activation,
-            dropout_p=self.shape.dropout if self.training else 0.0,
-            residual=residual,
-        )
+        dropout, activation = self.shape.dropout if self.training else 0.0, self.shape.activation
+        return parts.mlp(x, self.linear1, self.linear2, activation=activation, dropout_p=dropout, residual=residual)
 
 
 class EncoderLayer(Layer):
@@ -210,15 +195,17 @@ class EncoderLayer(Layer):
 
     def _at_once(self, x: Tensor, starts: Tensor | None) -> Tensor | None:
         """The layer as one function to autograd; None where that is not possible, or a part is not `untouched`."""
-        attention, out = self.self_attn, self.self_attn.out_proj
         if not x.is_cpu or torch.compiler.is_compiling():
             return None
-        usual = untouched(attention, SelfAttention) and all(untouched(m, StreamNorm) for m in (self.norm1, self.norm2))
-        if not usual or type(attention.in_proj_weight) is not torch.nn.Parameter:
+        attention, norms = self.self_attn, (self.norm1, self.norm2)
+        if not untouched(attention, SelfAttention) or not all(untouched(norm, StreamNorm) for norm in norms):
             return None
-        matrices = (*attention.in_proj_weight.chunk(3), out.weight, self.linear1.weight, self.linear2.weight)
+        out, in_proj = attention.out_proj, attention.in_proj_weight
+        if type(in_proj) is not torch.nn.Parameter or not parts.plain(out, self.linear1, self.linear2):
+            return None
+        matrices = (*in_proj.chunk(3), out.weight, self.linear1.weight, self.linear2.weight)
         biases = (*attention.in_proj_bias.chunk(3), out.bias, self.linear1.bias, self.linear2.bias)
-        norms = (self.norm1.weight, self.norm1.bias, self.norm2.weight, self.norm2.bias)
+        scales = (self.norm1.weight, self.norm1.bias, self.norm2.weight, self.norm2.bias)
         shape = Shape(
             head_dim=attention.head_dim,
             scale=attention.head_dim**-0.5,
@@ -229,7 +216,7 @@ class EncoderLayer(Layer):
             dropout1=attention.dropout if attention.training else 0.0,
             dropout2=self.shape.dropout if self.training else 0.0,
         )
-        return encoder_layer(x, Weights._make((*matrices, *biases, *norms)), shape, starts=starts)
+        return encoder_layer(x, Weights._make((*matrices, *biases, *scales)), shape, starts=starts)
 
 
 class DecoderLayer(Layer):

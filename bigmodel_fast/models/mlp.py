@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..nn.parts import plain, untouched
 from ..ops._mlp_fused import mlp_fused
 from ..ops.linear import hidden_linear
 
@@ -98,7 +99,9 @@ class MLP(torch.nn.Sequential):
         x = x.flatten(1)
         if x.shape[1] != self.sizes[0]:
             raise ValueError(f"MLP: a sample must have {self.sizes[0]} features, got {x.shape[1]}")
-        layers = dense_layers(self)
+        layers = _read(self)
+        if isinstance(layers, str):  # a part that has to be called
+            return super().forward(x)
         y = mlp_fused(
             x,
             [layer.linear.weight for layer in layers],
@@ -121,7 +124,7 @@ def _for_each(name: str, value, count: int, kind: type | tuple[type, ...]) -> li
 
 
 def _activation_name(module: torch.nn.Module) -> str | None:
-    if isinstance(module, torch.nn.GELU):
+    if type(module) in (torch.nn.GELU, _Tanh_GELU):
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     return next((name for name, kind in _MODULES.items() if type(module) is kind), None)
 
@@ -130,38 +133,42 @@ def dense_layers(model: torch.nn.Module) -> list[DenseLayer]:
     """The layers of an MLP, or of any torch.nn.Sequential that is one.
 
     Such a Sequential may begin with Flatten and hold Linear, the activations of ACTIVATIONS, Dropout, Identity and
-    Sequentials of them.
+    Sequentials of them, none with hooks or a forward of its own.
 
     Raises:
         ValueError: anything else; the message names the module.
     """
+    layers = _read(model)
+    if isinstance(layers, str):
+        raise ValueError(layers)
+    return layers
+
+
+def _read(model: torch.nn.Module) -> list[DenseLayer] | str:
+    """The layers, or why there is none of these."""
     layers: list[DenseLayer] = []
     for name, module in _leaves(model, ""):
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear) and plain(module):
             layers.append(DenseLayer(name, module, None, None))
+        elif not untouched(module, type(module)):
+            return f"an MLP has no hooks and no forward of its own, got a {type(module).__name__} with one at {name}"
         elif isinstance(module, torch.nn.Identity) or (isinstance(module, torch.nn.Flatten) and not layers):
             continue
         elif not layers:
-            raise ValueError(f"an MLP begins with a Linear, got {type(module).__name__} at {name}")
-        elif isinstance(module, torch.nn.Dropout):
+            return f"an MLP begins with a Linear, got {type(module).__name__} at {name}"
+        elif type(module) is torch.nn.Dropout:
             last = layers[-1]
             if last.dropout is not None:
-                raise ValueError(f"an MLP has one Dropout after a layer, got another at {name}")
+                return f"an MLP has one Dropout after a layer, got another at {name}"
             layers[-1] = DenseLayer(last.name, last.linear, last.activation, module)
         elif (activation := _activation_name(module)) is not None:
             last = layers[-1]
             if last.activation is not None or last.dropout is not None:
-                raise ValueError(
-                    f"an MLP has one activation after each Linear, before its Dropout; got another at {name}"
-                )
+                return f"an MLP has one activation after each Linear, before its Dropout; got another at {name}"
             layers[-1] = DenseLayer(last.name, last.linear, activation, None)
         else:
-            raise ValueError(
-                f"an MLP is made of Linear, activations and Dropout, got {type(module).__name__} at {name}"
-            )
-    if not layers:
-        raise ValueError(f"an MLP is a torch.nn.Sequential with a Linear in it, got {type(model).__name__}")
-    return layers
+            return f"an MLP is made of Linear, activations and Dropout, got {type(module).__name__} at {name}"
+    return layers or f"an MLP is a torch.nn.Sequential with a Linear in it, got {type(model).__name__}"
 
 
 def _leaves(module: torch.nn.Module, name: str) -> Iterator[tuple[str, torch.nn.Module]]:

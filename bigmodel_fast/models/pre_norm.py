@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import nn
+from ..nn.parts import plain, plain_gated, untouched
 from ..ops._pre_norm_layer import Shape, Weights, pre_norm_layer
-from .layers import untouched
 
 
 def at_once(
@@ -28,7 +28,7 @@ def at_once(
 ) -> tuple[Tensor, Tensor] | None:
     """What a norm makes of the stream to what the norm behind the layer makes of it, and the stream there.
 
-    None where that is not possible, or a norm is not `untouched`.
+    None where that is not possible, or a norm or dense layer is not `untouched`.
 
     Args:
         normed, stream: [B, S, width]; the first norm's output, and what it normed.
@@ -41,6 +41,8 @@ def at_once(
     norm, norm_after = norms
     kind = type(norm)
     if not untouched(norm, nn.LayerNorm, nn.RMSNorm) or not untouched(norm_after, kind):
+        return None
+    if not plain(out) or not (plain(up, down) if gate is None else plain_gated(gate, up, down)):
         return None
     if norm.eps is None or norm_after.eps is None:
         return None

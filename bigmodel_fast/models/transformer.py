@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import nn, ops
+from ..nn import parts
 from .layers import DecoderLayer, EncoderLayer, LayerShape, Stack
 
 
@@ -121,7 +122,7 @@ class Transformer(torch.nn.Module):
 
     def embed_at(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Embeddings of tokens [...] at positions given as their sinusoids, [..., width] or [width]."""
-        x = ops.embedding(tokens, self.embedding.weight) * math.sqrt(self.config.width) + positions
+        x = parts.embedding(tokens, self.embedding) * math.sqrt(self.config.width) + positions
         return ops.dropout(x, self.config.dropout if self.training else 0.0)
 
     def encode(self, source: Tensor, starts: Tensor) -> Tensor:
@@ -155,11 +156,10 @@ class Transformer(torch.nn.Module):
         """
         memory = self.encode(source, source_starts)
         x = self.decoder(self.embed(target, target_starts), target_starts, memory, source_starts)
+        weight = parts.tied(self.embedding, self.config.vocab_size, x.device)
         if labels is None:
-            return ops.linear(x, self.embedding.weight)
-        return ops.linear_cross_entropy(
-            x, self.embedding.weight, labels, label_smoothing=label_smoothing, reduction=reduction
-        )
+            return ops.linear(x, weight)
+        return ops.linear_cross_entropy(x, weight, labels, label_smoothing=label_smoothing, reduction=reduction)
 
     def flops(self, source: float, target: float, source_length: float, target_length: float) -> float:
         """Floating-point operations of forward and backward, for so many tokens in sequences of such lengths.

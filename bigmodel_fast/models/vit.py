@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import nn, ops
-from .layers import SelfAttention, untouched
+from ..nn import parts
+from ..nn.parts import untouched
+from .layers import SelfAttention
 from .pre_norm import at_once
 
 
@@ -75,7 +77,7 @@ class MLP(torch.nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.dense
-        return ops.mlp(x, up.weight, up.bias, down.weight, down.bias, activation=self.activation)
+        return parts.mlp(x, up, down, activation=self.activation)
 
     @property
     def dense(self) -> tuple[torch.nn.Linear, torch.nn.Linear]:
@@ -171,10 +173,12 @@ class ViT(torch.nn.Module):
         if images.dim() != 4 or images.shape[1:] != expected:
             raise ValueError(f"ViT: images must be [B, {', '.join(map(str, expected))}], got {list(images.shape)}")
         b, p = len(images), self.config.patch
-        # A convolution whose windows do not overlap is a product: patches [B, tokens - 1, channels p p].
-        patches = (
-            images.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).reshape(b, self.config.tokens - 1, -1)
-        )
-        x = ops.linear(patches, self.conv_proj.weight.flatten(1), self.conv_proj.bias)
+        if untouched(self.conv_proj, torch.nn.Conv2d):
+            # A convolution whose windows do not overlap is a product: patches [B, tokens - 1, channels p p].
+            patches = images.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5)
+            x = patches.reshape(b, self.config.tokens - 1, -1)
+            x = ops.linear(x, self.conv_proj.weight.flatten(1), self.conv_proj.bias)
+        else:
+            x = self.conv_proj(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_token.to(x.dtype).expand(b, -1, -1), x], 1)
         return self.heads(self.encoder(x)[:, 0])

@@ -1,5 +1,6 @@
 """Modules over the operators, with the constructor arguments and state_dict keys of their torch.nn counterparts."""
 
-from .modules import GatedMLP, LayerNorm, Linear, RMSNorm
+from .gated_mlp import GatedMLP
+from .modules import LayerNorm, Linear, RMSNorm
 
 __all__ = ["GatedMLP", "LayerNorm", "Linear", "RMSNorm"]

@@ -1,4 +1,4 @@
-"""Linear, LayerNorm, RMSNorm: torch's own, with our operators in forward; GatedMLP, which torch lacks."""
+"""Linear, LayerNorm, RMSNorm: torch's own, with our operators in forward."""
 
 import torch
 from torch import Tensor
@@ -40,18 +40,3 @@ class RMSNorm(torch.nn.RMSNorm):
         if self.weight is None:
             raise ValueError("RMSNorm: elementwise_affine=False is not supported")
         return ops.rms_norm(x, self.weight, eps=eps, residual=residual)
-
-
-class GatedMLP(torch.nn.Module):
-    """down(activation(gate(x)) * up(x)), without biases (Shazeer 2020); activation "silu" makes it SwiGLU."""
-
-    def __init__(self, width: int, hidden: int, *, activation: str = "silu"):
-        super().__init__()
-        self.gate = torch.nn.Linear(width, hidden, bias=False)
-        self.up = torch.nn.Linear(width, hidden, bias=False)
-        self.down = torch.nn.Linear(hidden, width, bias=False)
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] to [..., width]."""
-        return ops.gated_mlp(x, self.gate.weight, self.up.weight, self.down.weight, activation=self.activation)

@@ -29,7 +29,7 @@ def translate_lines(
     Raises:
         DataError: a line is longer than the model's context; those before it have been given.
     """
-    device = model.embedding.weight.device
+    device = next(model.parameters()).device
     numbered = enumerate((line.strip() for line in lines), 1)
     while part := list(itertools.islice(numbered, SENTENCES)):
         sources = {number: [*tokenizer.encode(line), tokenizer.end] for number, line in part if line}
