@@ -158,7 +158,9 @@ def accelerate(
         rows.append(_examine_interface(name, module, attention))
         interfaces += [module] if rows[-1].accelerated and not interface.enabled(module) else []
     with torch.random.fork_rng(devices=[]), _dispatch.unrecorded():  # what probes draw is not drawn from the loop
-        for name, module in model.named_modules():
+        if all_hooked := swap.all_hooked():  # probes would call them
+            rows.append(Row("", type(model).__name__, False, f"{all_hooked}: remove them and call again"))
+        for name, module in () if all_hooked else model.named_modules():
             row, recipe, how = _examine(name, module, wanted)
             rows += [row] if row else []
             if recipe is not None and row is not None and row.accelerated and not swap.is_fast(module):

@@ -84,9 +84,7 @@ class FastLayer(Fast):
 
 
 def _reason(module: Any) -> str | None:
-    if isinstance(module.activation_fn, nn.Module) and swap.hooked(module.activation_fn):
-        return "the activation has hooks"
-    return linears(module, _DENSE)
+    return swap.activation_watched(module.activation_fn) or linears(module, _DENSE)
 
 
 class _Attention(nn.Module):

@@ -191,11 +191,7 @@ def _bert_mlp_reason(module: Any) -> str | None:
     for name in ("intermediate", "output"):
         if reason := swap.watched(module._modules[name]):
             return f"{name} {reason}"
-    if isinstance(module.intermediate.intermediate_act_fn, nn.Module) and swap.hooked(
-        module.intermediate.intermediate_act_fn
-    ):
-        return "the activation has hooks"
-    return _output_reason(module.output)
+    return swap.activation_watched(module.intermediate.intermediate_act_fn) or _output_reason(module.output)
 
 
 class FastBertMLP(Fast):

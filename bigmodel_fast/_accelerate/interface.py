@@ -97,6 +97,12 @@ def has_hooks(module: nn.Module) -> bool:
     return any(capturing is None or getattr(hook, "__module__", None) != capturing.__name__ for hook in hooks)
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether a module has to be called, and by its own forward."""
+    called = "forward" in module.__dict__ or module._compiled_call_impl is not None
+    return called or has_hooks(module) or swap.all_hooked() is not None
+
+
 # ---- what is registered ----
 
 

@@ -220,9 +220,8 @@ class FastMLP(Fast):
     def forward(self: Any, x: Tensor, bmf_finish: Finish | None = None) -> Tensor:
         how = plan(self)
         reason = swap.first_not_plain(self, _children(self, how["order"]))
-        dropouts = [self._modules[name] for name in (*how["inner"], *how["outer"])]
-        if any(swap.hooked(d) for d in dropouts):
-            reason = "a dropout has hooks"
+        others = ((name, c) for name, c in self._modules.items() if name not in how["order"] and c is not None)
+        reason = reason or next((f"{name} {why}" for name, c in others if (why := swap.watched(c))), None)
         if type(x) is not Tensor:
             reason = f"called with a {type(x).__name__}"
         if not swap.note(self, reason):

@@ -17,7 +17,8 @@ from .unpad import FastStack
 
 
 def _dropout_reason(module: Any, names: tuple[str, str], dropout: str) -> str | None:
-    return linears(module, names) or (f"{dropout} has hooks" if swap.hooked(module._modules[dropout]) else None)
+    watched = swap.watched(module._modules[dropout])
+    return linears(module, names) or (f"{dropout} {watched}" if watched else None)
 
 
 class FastAttention(Fast):
@@ -84,10 +85,7 @@ class FastMLP(Fast):
         return _dropout_reason(module, ("Wi", "Wo"), "drop") or {"activation": activation}
 
     def forward(self: Any, hidden_states: Tensor, bmf_finish: Finish | None = None) -> Tensor:
-        reason = _dropout_reason(self, ("Wi", "Wo"), "drop")
-        if isinstance(self.act, nn.Module) and swap.hooked(self.act):
-            reason = "the activation has hooks"
-        if not swap.note(self, reason):
+        if not swap.note(self, _dropout_reason(self, ("Wi", "Wo"), "drop") or swap.activation_watched(self.act)):
             y = super().forward(hidden_states)  # type: ignore[misc]
             return y if bmf_finish is None else bmf_finish.after(y)
         activation, p = plan(self)["activation"], swap.active_dropout(self.drop)

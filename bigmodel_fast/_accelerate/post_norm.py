@@ -30,7 +30,7 @@ def _refused(parts: Parts) -> bool:
     if parts.attention.is_causal or not interface.enabled(parts.attention):
         return True
     for m in parts.callers:
-        if isinstance(m, nn.Module) and (interface.has_hooks(m) or "forward" in m.__dict__):
+        if isinstance(m, nn.Module) and interface.watched(m):
             return True
     for modules, kind in ((parts.dense, nn.Linear), (parts.norms, nn.LayerNorm), (parts.dropouts, nn.Dropout)):
         for m in modules:

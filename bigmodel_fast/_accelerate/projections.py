@@ -67,8 +67,7 @@ def attend(
 
 def finished(module: Any, finish: Finish, *args: Any, **kwargs: Any) -> Any:
     """A module's output (or the first of its outputs) finished: in its last product if its recipe does so."""
-    seen = interface.has_hooks(module) or "forward" in module.__dict__
-    if getattr(module, "finishes", False) and swap.is_fast(module) and not seen:
+    if getattr(module, "finishes", False) and swap.is_fast(module) and not interface.watched(module):
         return module(*args, **kwargs, bmf_finish=finish)
     y = module(*args, **kwargs)
     return (finish.after(y[0]), *y[1:]) if isinstance(y, tuple) else finish.after(y)

@@ -48,8 +48,7 @@ class FastSelfAttention(Fast):
         how = plan(self)
         reason = linears(self, how["layers"])
         dropouts = {place: self._modules[name] for place, name in how["dropouts"].items()}
-        if any(swap.hooked(d) for d in dropouts.values()):
-            reason = "a dropout has hooks"
+        reason = reason or next((f"a dropout {why}" for d in dropouts.values() if (why := swap.watched(d))), None)
         usual = type(x) is Tensor and x.dim() == 3 and not any(a is not None for a in (*args, *kwargs.values()))
         if not usual or not swap.note(self, reason):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]

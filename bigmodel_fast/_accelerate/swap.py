@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _dispatch
 
@@ -134,6 +135,8 @@ def watched(module: nn.Module) -> str | None:
     """Why a module has to be called by its own forward: someone watches or replaces it."""
     if hooked(module):
         return "has hooks"
+    if module._compiled_call_impl is not None:
+        return "was compiled on its own"
     return FORWARD_REPLACED if "forward" in module.__dict__ else None
 
 
@@ -143,13 +146,16 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+def all_hooked() -> str | None:
+    """Why no module can do the work of others at present."""
+    return "hooks on all modules" if _has_any_global_hook() else None
+
+
 def not_plain(module: Any, forward: Any) -> str | None:
     """Why a child's work cannot be done by its parent: it does not have this `forward`, or someone watches it."""
     if not isinstance(module, nn.Module) or original_class(module).forward is not forward:
         return f"is a {type(module).__name__}"
-    if hooked(module):
-        return "has hooks"
-    return unusual(module)
+    return watched(module) or unusual(module)
 
 
 def first_not_plain(parent: nn.Module, children: tuple[tuple[str, nn.Module, Any], ...]) -> str | None:
@@ -162,7 +168,14 @@ def first_not_plain(parent: nn.Module, children: tuple[tuple[str, nn.Module, Any
 
 def note(module: nn.Module, reason: str | None) -> bool:
     """Whether an accelerated module does its work; explain() lists the reason if not."""
+    reason = reason or all_hooked()
     return _dispatch.use_native(f"accelerate: {type(module).__name__}", reason) if reason else True
+
+
+def activation_watched(function: Any) -> str | None:
+    """Why an activation, a module or not, has to be called."""
+    reason = watched(function) if isinstance(function, nn.Module) else None
+    return f"the activation {reason}" if reason else None
 
 
 def active_dropout(*dropouts: nn.Module) -> float:

@@ -140,12 +140,11 @@ class FastMultiheadAttention(Fast):
             reason = "need_weights=True asks for the weights"
         elif not all(type(t) is Tensor and t.dim() == 3 for t in (query, key, value)):
             reason = "inputs that are not batched tensors"
-        if reason is None:
+        if swap.note(self, reason):
             try:
                 return self._attend(query, key, value, (attn_mask, key_padding_mask, is_causal)), None
             except Refused as refused:
-                reason = str(refused)
-        swap.note(self, reason)
+                swap.note(self, str(refused))
         return super().forward(  # type: ignore[misc]
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
@@ -237,7 +236,7 @@ class FastEncoderLayer(_FastLayer):
         reason = _not_fusible(self, FastEncoderLayer)
         if type(src) is not Tensor or src.dim() != 3 or src.is_nested:
             reason = "an input that is not a batched tensor"
-        if reason is None:
+        if swap.note(self, reason):
             masks = (src_mask, src_key_padding_mask, is_causal)
             try:
                 return self._run(
@@ -248,8 +247,7 @@ class FastEncoderLayer(_FastLayer):
                     ],
                 )
             except Refused as refused:
-                reason = str(refused)
-        swap.note(self, reason)
+                swap.note(self, str(refused))
         return super().forward(src, src_mask, src_key_padding_mask, is_causal)  # type: ignore[misc]
 
 
@@ -271,7 +269,7 @@ class FastDecoderLayer(_FastLayer):
         reason = _not_fusible(self, FastDecoderLayer)
         if not all(type(t) is Tensor and t.dim() == 3 for t in (tgt, memory)):
             reason = "inputs that are not batched tensors"
-        if reason is None:
+        if swap.note(self, reason):
             masks = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
             cross = (memory_mask, memory_key_padding_mask, memory_is_causal)
             try:
@@ -284,8 +282,7 @@ class FastDecoderLayer(_FastLayer):
                     ],
                 )
             except Refused as refused:
-                reason = str(refused)
-        swap.note(self, reason)
+                swap.note(self, str(refused))
         return super().forward(  # type: ignore[misc]
             tgt,
             memory,

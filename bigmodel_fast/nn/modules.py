@@ -10,7 +10,7 @@ class Linear(torch.nn.Linear):
     """As torch.nn.Linear, with an activation that is fused into the product.
 
     Args:
-        activation: one of ops.linear's, or None.
+        activation: one of ops.linear's, or None. An adapter around the module (peft's) adds to what comes after it.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, activation: str | None = None, **kw):
