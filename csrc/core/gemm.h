@@ -202,7 +202,7 @@ void multiply_tile(const Product<Mode>* products, int product_count, const Tile&
           const int64_t panel = tile.panel + p;
           if constexpr (requires { epilogue.prefetch(row, rows, panel); })
             if (last) epilogue.prefetch(row, rows, panel);
-          multiply(a.row(row) + unit * 4, a.stride(), b.panel(panel) + unit * kPanel, units, rows, b.columns(panel),
+          multiply({a.row(row) + unit * 4, a.stride()}, {b.panel(panel) + unit * kPanel}, units, rows, b.columns(panel),
                    sums + p * kPanel, Tile::stride);
         }
         if (last) epilogue(Tile{row, rows, tile.panel, tile.panels, sums});

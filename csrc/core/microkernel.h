@@ -8,6 +8,19 @@
 
 namespace bmf::BMF_ISA {
 
+// The operands of one call, as far as strides go: a transposed A, or a B that lies in rows of its own, needs no copy.
+struct UnitView {  // A: unit u of row r is at data + r row_stride + u unit_stride, all in bytes
+  const void* data;
+  int64_t row_stride, unit_stride = 4;
+  UnitView from(int64_t row) const {
+    return {static_cast<const char*>(data) + row * row_stride, row_stride, unit_stride};
+  }
+};
+struct PanelView {  // B: kPanel columns of unit u begin at data + u unit_stride, in floats
+  const float* data;
+  int64_t unit_stride = kPanel;
+};
+
 // One 32-bit unit of A in every lane. memcpy: rows of bf16 may start on a 2-byte boundary.
 BMF_INLINE Vec broadcast_unit(const char* p) {
   int32_t bits;
@@ -16,26 +29,29 @@ BMF_INLINE Vec broadcast_unit(const char* p) {
 }
 
 template <class Mode, int kR, int kV, bool kAccumulate>
-void micro_tile(const char* a, int64_t a_stride, const float* panel, int64_t units, float* c, int64_t c_stride) {
+void micro_tile(const UnitView& a, const PanelView& b, int64_t units, float* c, int64_t c_stride) {
+  const char* row = static_cast<const char*>(a.data);
+  const float* panel = b.data;
+  const int64_t row_stride = a.row_stride, a_step = a.unit_stride, b_step = b.unit_stride;
   Vec acc[kR][kV];
 #pragma GCC unroll 8
   for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kV; ++v) acc[r][v] = Vec{};
   for (int64_t u = 0; u < units; ++u) {
-    Vec b[kV];
+    Vec columns[kV];
 #pragma GCC unroll 4
-    for (int v = 0; v < kV; ++v) b[v] = load(panel + v * kLanes);
+    for (int v = 0; v < kV; ++v) columns[v] = load(panel + v * kLanes);
     // The rows after these, one line at a time: what is new of them is too short for the hardware to foresee.
-    __builtin_prefetch(a + (kR + (u & 7)) * a_stride, 0, 2);
+    __builtin_prefetch(row + (kR + (u & 7)) * row_stride, 0, 2);
 #pragma GCC unroll 8
     for (int r = 0; r < kR; ++r) {
-      const Vec unit = broadcast_unit(a + r * a_stride);
+      const Vec unit = broadcast_unit(row + r * row_stride);
 #pragma GCC unroll 4
-      for (int v = 0; v < kV; ++v) acc[r][v] = Mode::dot(unit, b[v], acc[r][v]);
+      for (int v = 0; v < kV; ++v) acc[r][v] = Mode::dot(unit, columns[v], acc[r][v]);
     }
-    a += 4;
-    panel += kPanel;
+    row += a_step;
+    panel += b_step;
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kR; ++r)
@@ -48,33 +64,30 @@ void micro_tile(const char* a, int64_t a_stride, const float* panel, int64_t uni
 }
 
 template <class Mode, bool kAccumulate, int kR, int kV>
-BMF_INLINE void micro_for_vecs(int vecs, const char* a, int64_t a_stride, const float* panel, int64_t units, float* c,
+BMF_INLINE void micro_for_vecs(int vecs, const UnitView& a, const PanelView& b, int64_t units, float* c,
                                int64_t c_stride) {
   if constexpr (kV > 1)
-    if (vecs < kV) return micro_for_vecs<Mode, kAccumulate, kR, kV - 1>(vecs, a, a_stride, panel, units, c, c_stride);
-  micro_tile<Mode, kR, kV, kAccumulate>(a, a_stride, panel, units, c, c_stride);
+    if (vecs < kV) return micro_for_vecs<Mode, kAccumulate, kR, kV - 1>(vecs, a, b, units, c, c_stride);
+  micro_tile<Mode, kR, kV, kAccumulate>(a, b, units, c, c_stride);
 }
 
 template <class Mode, bool kAccumulate, int kR>
-BMF_INLINE void micro_for_rows(int rows, int vecs, const char* a, int64_t a_stride, const float* panel, int64_t units,
-                               float* c, int64_t c_stride) {
+BMF_INLINE void micro_for_rows(int rows, int vecs, const UnitView& a, const PanelView& b, int64_t units, float* c,
+                               int64_t c_stride) {
   if constexpr (kR > 1)
-    if (rows < kR) return micro_for_rows<Mode, kAccumulate, kR - 1>(rows, vecs, a, a_stride, panel, units, c, c_stride);
-  micro_for_vecs<Mode, kAccumulate, kR, kPanelVecs>(vecs, a, a_stride, panel, units, c, c_stride);
+    if (rows < kR) return micro_for_rows<Mode, kAccumulate, kR - 1>(rows, vecs, a, b, units, c, c_stride);
+  micro_for_vecs<Mode, kAccumulate, kR, kPanelVecs>(vecs, a, b, units, c, c_stride);
 }
 
-// c[rows][cols] (+)= A B for any number of rows and cols <= kPanel. A: rows of units, `a_stride` bytes apart; B: one
-// packed panel; C: float rows `c_stride` floats apart, of which whole registers are written (room for cols rounded up
-// to kLanes).
+// c[rows][cols] (+)= A B for any number of rows and cols <= kPanel. C: float rows `c_stride` floats apart, of which
+// whole registers are written (room for cols rounded up to kLanes), as whole registers of B are read.
 template <class Mode, bool kAccumulate>
-void multiply_panel(const void* a, int64_t a_stride, const float* panel, int64_t units, int64_t rows, int cols,
-                    float* c, int64_t c_stride) {
+void multiply_panel(const UnitView& a, const PanelView& b, int64_t units, int64_t rows, int cols, float* c,
+                    int64_t c_stride) {
   const int vecs = (cols + kLanes - 1) / kLanes;
-  const char* row = static_cast<const char*>(a);
   for (int64_t r = 0; r < rows; r += kRows) {
     const int here = rows - r < kRows ? static_cast<int>(rows - r) : kRows;
-    micro_for_rows<Mode, kAccumulate, kRows>(here, vecs, row + r * a_stride, a_stride, panel, units, c + r * c_stride,
-                                             c_stride);
+    micro_for_rows<Mode, kAccumulate, kRows>(here, vecs, a.from(r), b, units, c + r * c_stride, c_stride);
   }
 }
 
@@ -84,10 +97,10 @@ void multiply_panel(const void* a, int64_t a_stride, const float* panel, int64_t
 #else
 #define BMF_SHARED_TEMPLATE extern template
 #endif
-#define BMF_SHARED_MODE(Mode)                                                                                     \
-  BMF_SHARED_TEMPLATE void multiply_panel<Mode, false>(const void*, int64_t, const float*, int64_t, int64_t, int, \
-                                                       float*, int64_t);                                          \
-  BMF_SHARED_TEMPLATE void multiply_panel<Mode, true>(const void*, int64_t, const float*, int64_t, int64_t, int,  \
+#define BMF_SHARED_MODE(Mode)                                                                                    \
+  BMF_SHARED_TEMPLATE void multiply_panel<Mode, false>(const UnitView&, const PanelView&, int64_t, int64_t, int, \
+                                                       float*, int64_t);                                         \
+  BMF_SHARED_TEMPLATE void multiply_panel<Mode, true>(const UnitView&, const PanelView&, int64_t, int64_t, int,  \
                                                       float*, int64_t);
 #define BMF_SHARED_PACK(Mode, T)                                                                     \
   BMF_SHARED_TEMPLATE void pack_panel<Mode, T>(const MatrixView<T>&, int64_t, int64_t, int, float*); \

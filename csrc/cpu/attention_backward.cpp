@@ -1,10 +1,13 @@
 // A thread takes one key head, or a run of its key blocks where heads are few, and goes through the query heads that
-// share it: their queries are packed in the four forms that the products need, then blocks of keys meet blocks of
-// queries.
+// share it: blocks of keys meet blocks of queries.
 //
 //   S = Q K^T and dP = dO V^T, panel by panel and strip by strip, so that both stay in the first-level cache until
 //   P = 2^(S - top) / sum and dS = P (dP - delta) are made of them, each written once as the operand of a product to
-//   come: dV^T += dO^T P,  dK^T += Q^T dS,  dQ += dS K
+//   come: dV += P^T dO,  dK += dS^T Q,  dQ += dS K
+//
+// K^T and V^T are packed once for all queries. Floats need no other packing: Q, dO and K are read where they lie, by
+// rows for S and dP and as panels for the sums over rows, and P^T and dS^T are P and dS read with strides exchanged.
+// Pairs of bf16 run along k: there the panels are packed, and dS is written twice.
 //
 // All sums are float. dQ of a head that is divided among threads is summed per part, and the parts in order, so a
 // gradient is the same bits from run to run; of dQ they depend on how many parts the number of threads asks for.
@@ -23,7 +26,7 @@ template <class Mode, class T>
 class AttentionBackward {
   using Element = typename Mode::Element;
   static constexpr int64_t kSize = sizeof(Element), kPerUnit = Mode::kPerUnit;
-  static constexpr int64_t kQueryUnits = kQueries / kPerUnit, kKeyUnits = kKeys / kPerUnit;
+  static constexpr int64_t kQueryUnits = kQueries / kPerUnit;
 
  public:
   AttentionBackward(const AttentionArgs& args, const Threads& threads)
@@ -33,33 +36,33 @@ class AttentionBackward {
         dim_(args.head_dim),
         head_units_(units_of<Mode>(args.head_dim)),
         head_panels_(ceil_div(args.head_dim, kPanel)),
-        row_stride_((head_units_ + 4) * 4),
-        column_stride_((kQueryUnits + 4) * 4),
-        dq_stride_(head_panels_ * kPanel) {
+        sum_stride_(ceil_div(args.head_dim, kLanes) * kLanes) {
     for (int64_t i = 0; i < args.sequence_count; ++i) {
       const AttentionSequence& s = args.sequences[i];
       query_blocks_ = larger(query_blocks_, ceil_div(s.queries, kQueries));
       key_blocks_ = larger(key_blocks_, ceil_div(s.keys, kKeys));
     }
     Layout block;  // of queries, packed
-    q_rows_at_ = block.add(kQueries * row_stride_);
-    g_rows_at_ = block.add(kQueries * row_stride_);
-    q_columns_at_ = block.add(dim_ * column_stride_);
-    g_columns_at_ = block.add(dim_ * column_stride_);
+    q_rows_at_ = block.add(kQueries * copied_row_bytes<Mode>(dim_));
+    g_rows_at_ = block.add(kQueries * copied_row_bytes<Mode>(dim_));
+    q_panels_at_ = block.add(panels_bytes<Mode>(kQueries, dim_));
+    g_panels_at_ = block.add(panels_bytes<Mode>(kQueries, dim_));
     stats_at_ = block.add(kQueries * 3 * 4);
     block_bytes_ = block.bytes();
     Layout layout;  // of a thread
     blocks_at_ = layout.add(block_bytes_ * query_blocks_);
-    sums_at_ = layout.add(key_blocks_ * 2 * dim_ * kKeys * 4);
-    k_panels_at_ = layout.add(kKeys * head_units_ * 4);
-    v_panels_at_ = layout.add(kKeys * head_units_ * 4);
-    k_rows_at_ = layout.add(head_panels_ * kKeyUnits * kPanel * 4);
+    list_at_ = layout.add(sizeof(Block) * query_blocks_);
+    sums_at_ = layout.add(key_blocks_ * 2 * sum_stride_ * kKeys * 4);
+    k_columns_at_ = layout.add(kKeys * head_units_ * 4);
+    v_columns_at_ = layout.add(kKeys * head_units_ * 4);
+    k_rows_at_ = layout.add(kKeys * copied_row_bytes<Mode>(dim_));
+    k_panels_at_ = layout.add(panels_bytes<Mode>(kKeys, dim_));
     scores_at_ = layout.add(kStrip * kPanel * 4);
     dp_at_ = layout.add(kStrip * kPanel * 4);
     slopes_at_ = layout.add(kStrip * kPanel * 4);
-    p_panel_at_ = layout.add(kQueryUnits * kPanel * 4);
-    ds_panel_at_ = layout.add(kQueryUnits * kPanel * 4);
-    ds_rows_at_ = layout.add(kQueries * kDsStride * kSize);
+    p_at_ = layout.add(kQueryUnits * kUnitStride * 4);
+    ds_at_ = layout.add(kQueryUnits * kUnitStride * 4);
+    ds_rows_at_ = kPerUnit == 1 ? ds_at_ : layout.add(kQueries * kRowStride * kSize);
     keep_at_ = layout.add(kQueries * 8 * sizeof(uint16_t));
     thread_bytes_ = layout.bytes();
   }
@@ -90,7 +93,7 @@ class AttentionBackward {
     const int64_t batches_at_once = shared_batch ? args_.sequence_count : 1;
     const int64_t heads_at_once = shared_heads ? args_.key_heads : 1;
     const int64_t sets = heads / (batches_at_once * heads_at_once), head_sets = args_.key_heads / heads_at_once;
-    const int64_t dq_bytes = (query_blocks_ * kQueries * dq_stride_ * 4 + 63) / 64 * 64;
+    const int64_t dq_bytes = (query_blocks_ * kQueries * sum_stride_ * 4 + 63) / 64 * 64;
     const Scratch scratch(thread_bytes_ * threads_.count);
     const Scratch dq(dq_bytes * (parts > 1 ? parts * args_.sequence_count * args_.heads : threads_.count));
     const Scratch tasks(sets * parts * 2 * sizeof(int64_t));
@@ -132,14 +135,15 @@ class AttentionBackward {
   }
 
  private:
-  static constexpr int64_t kDsStride =
-      kKeys + 64 / kSize;  // elements: rows of dS a power of two apart share cache sets
+  // Of P and dS, [query units][kUnitStride] and [queries][kRowStride]: rows a power of two apart share cache sets.
+  static constexpr int64_t kUnitStride = kKeys + 64 / 4, kRowStride = kKeys + 64 / kSize;
   // Whether the sum is part of the exponent: one rounding more of it, which is lost in what bf16 rounds off.
   static constexpr bool kFoldsSum = kSize == 2;
   static constexpr int64_t kPartsPerThread = 3;  // enough for equal parts to even out, few enough to be summed
 
-  struct Block {  // of queries, packed
-    const char *q_rows, *g_rows, *q_columns, *g_columns;
+  struct Block {  // of queries
+    UnitView q_rows, g_rows;
+    HeadPanels q_panels, g_panels;
     const float *top, *inverse_sum, *delta;
   };
   struct RowRange {
@@ -154,23 +158,10 @@ class AttentionBackward {
   const AttentionSequence& sequence(int64_t key_head) const { return args_.sequences[key_head / args_.key_heads]; }
   int columns(int64_t panel) const { return static_cast<int>(smaller(kPanel, dim_ - panel * kPanel)); }
 
-  // Queries of [row, row + rows) that see keys [key, key + keys): those between the first whose keys end behind `key`
-  // and the last whose keys begin before key + keys.
+  // Queries of [row, row + rows) that see any of the keys [key, key + keys).
   RowRange queries_of(const AttentionSequence& s, int64_t row, int64_t rows, int64_t key, int64_t keys) const {
-    auto first_where = [&](const auto& holds) {  // of rows that do not and then do
-      int64_t low = row, high = row + rows;
-      while (low < high) {
-        const int64_t middle = low + (high - low) / 2;
-        if (holds(keys_of(args_, s, middle)))
-          high = middle;
-        else
-          low = middle + 1;
-      }
-      return low;
-    };
-    const int64_t begin = first_where([&](KeyRange k) { return k.end > key; });
-    const int64_t end = first_where([&](KeyRange k) { return k.begin >= key + keys; });
-    return {begin, larger(begin, end)};
+    const int64_t begin = clamp(key - args_.right - s.shift, row, row + rows);
+    return {begin, clamp(smaller(key + keys, s.keys) + args_.left - s.shift, begin, row + rows)};
   }
 
   int64_t block_work(int64_t key_head, int64_t block) const {
@@ -186,64 +177,56 @@ class AttentionBackward {
   void key_head(int64_t key_head, int64_t first, int64_t last, bool all_keys, char* mine, const DqOf& dq_of,
                 int64_t next) const {
     const AttentionSequence& s = sequence(key_head);
-    const int64_t key = first * kKeys, keys = smaller(last * kKeys, s.keys) - key;
-    if (keys > 0) __builtin_memset(mine + sums_at_, 0, (last - first) * 2 * dim_ * sum_stride(s) * 4);
+    const int64_t key = first * kKeys, keys = larger(smaller(last * kKeys, s.keys) - key, 0);
+    float *dv = reinterpret_cast<float*>(mine + sums_at_), *dk = dv + keys * sum_stride_;  // [keys][sum_stride_] each
+    __builtin_memset(dv, 0, keys * 2 * sum_stride_ * 4);
     const RowRange rows = keys > 0 ? queries_of(s, 0, s.queries, key, keys) : RowRange{0, 0};
     const int64_t begin = rows.begin / kQueries, end = ceil_div(rows.end, kQueries);
+    Block* blocks = reinterpret_cast<Block*>(mine + list_at_);
     for (int64_t member = 0; member < group_; ++member) {
       const int64_t head = key_head % args_.key_heads * group_ + member;
       float* dq = dq_of(member);
       if (begin < end)
-        __builtin_memset(dq + begin * kQueries * dq_stride_, 0,
-                         (smaller(end * kQueries, s.queries) - begin * kQueries) * dq_stride_ * 4);
-      for (int64_t b = begin; b < end; ++b) pack_queries(s, head, b, mine);
+        __builtin_memset(dq + begin * kQueries * sum_stride_, 0,
+                         (smaller(end * kQueries, s.queries) - begin * kQueries) * sum_stride_ * 4);
+      for (int64_t b = begin; b < end; ++b) blocks[b] = pack_queries(s, head, b, mine + blocks_at_ + b * block_bytes_);
       for (int64_t k = first; k < last && k * kKeys < s.keys; ++k) {
         const RowRange seeing = queries_of(s, 0, s.queries, k * kKeys, kKeys);
         if (seeing.begin == seeing.end) continue;
-        pack_keys(s, key_head % args_.key_heads, k, mine);
+        const HeadPanels k_panels = pack_keys(s, key_head % args_.key_heads, k, mine);
+        const int64_t at = (k * kKeys - key) * sum_stride_;
         for (int64_t b = seeing.begin / kQueries; b < ceil_div(seeing.end, kQueries); ++b)
-          tile(s, key_head / args_.key_heads, head, b, k, sums(s, mine, k - first), mine,
-               dq + b * kQueries * dq_stride_, k == first ? next : kNoHead, member);
+          tile(s, key_head / args_.key_heads, head, b, k, blocks[b], k_panels, mine, dv + at, dk + at,
+               dq + b * kQueries * sum_stride_, k == first ? next : kNoHead, member);
       }
       if (!all_keys) continue;
       for (int64_t row = 0; row < s.queries; ++row) {  // those that see no key get zeros
         const bool summed = row >= begin * kQueries && row < end * kQueries;
-        write_dq(s, head, row, [&](int64_t c) { return summed ? load(dq + row * dq_stride_ + c) : Vec{}; });
+        write_row(rows_of<T>(args_.grad_query, s, s.query_first + row, head), args_.scale,
+                  [&](int64_t c) { return summed ? load(dq + row * sum_stride_ + c) : Vec{}; });
       }
     }
-    for (int64_t k = first; k < last && k * kKeys < s.keys; ++k) {
-      const float* of = sums(s, mine, k - first);
-      write_columns(s, args_.grad_value, key_head % args_.key_heads, k, of,
-                    args_.dropout > 0 ? 1.0f / (1.0f - args_.dropout) : 1.0f);
-      write_columns(s, args_.grad_key, key_head % args_.key_heads, k, of + dim_ * sum_stride(s), args_.scale);
+    const float kept = args_.dropout > 0 ? 1.0f / (1.0f - args_.dropout) : 1.0f;
+    for (int64_t k = 0; k < keys; ++k) {
+      const int64_t head = key_head % args_.key_heads, row = s.key_first + key + k;
+      write_row(rows_of<T>(args_.grad_value, s, row, head), kept,
+                [&](int64_t c) { return load(dv + k * sum_stride_ + c); });
+      write_row(rows_of<T>(args_.grad_key, s, row, head), args_.scale,
+                [&](int64_t c) { return load(dk + k * sum_stride_ + c); });
     }
   }
 
-  // Floats from a row to the next of sums [dim][keys of a block]: sequences are often short.
-  static int64_t sum_stride(const AttentionSequence& s) { return smaller(kKeys, ceil_div(s.keys, kLanes) * kLanes); }
-  float* sums(const AttentionSequence& s, char* mine, int64_t block) const {
-    return reinterpret_cast<float*>(mine + sums_at_) + block * 2 * dim_ * sum_stride(s);
-  }
-
-  Block queries(char* mine, int64_t block) const {
-    char* at = mine + blocks_at_ + block * block_bytes_;
-    const float* top = reinterpret_cast<const float*>(at + stats_at_);
-    return {at + q_rows_at_, at + g_rows_at_,   at + q_columns_at_, at + g_columns_at_, top,
-            top + kQueries,  top + 2 * kQueries};
-  }
-
-  void pack_queries(const AttentionSequence& s, int64_t head, int64_t block, char* mine) const {
+  // `to`: block_bytes_ for what is not read in place.
+  Block pack_queries(const AttentionSequence& s, int64_t head, int64_t block, char* to) const {
     const int64_t first = block * kQueries, rows = smaller(kQueries, s.queries - first);
-    char* to = mine + blocks_at_ + block * block_bytes_;
-    auto pack = [&](const AttentionOperand& from, int64_t rows_at, int64_t columns_at) {
-      const T* data = rows_of<const T>(from, s, s.query_first + first, head);
-      pack_rows<Mode>(MatrixView<T>{data, from.row_stride, 1}, dim_, 0, static_cast<int>(rows),
-                      reinterpret_cast<float*>(to + rows_at), row_stride_ / 4);
-      pack_rows<Mode>(MatrixView<T>{data, 1, from.row_stride}, rows, 0, static_cast<int>(dim_),
-                      reinterpret_cast<float*>(to + columns_at), column_stride_ / 4);
+    auto rows_at = [&](const AttentionOperand& from, int64_t at) {
+      return units_of_rows<Mode>(rows_of<const T>(from, s, s.query_first + first, head), from.row_stride, rows, dim_,
+                                 to + at);
     };
-    pack(args_.query, q_rows_at_, q_columns_at_);
-    pack(args_.grad_out, g_rows_at_, g_columns_at_);
+    auto panels_at = [&](const UnitView& of, int64_t at) {
+      return panels_of_rows<Mode>(of, rows, dim_, reinterpret_cast<float*>(to + at));
+    };
+    const UnitView q = rows_at(args_.query, q_rows_at_), g = rows_at(args_.grad_out, g_rows_at_);
     float *top = reinterpret_cast<float*>(to + stats_at_), *inverse_sum = top + kQueries, *delta = top + 2 * kQueries;
     const RowStats* from = args_.stats + (s.batch * args_.heads + head) * args_.stats_rows + s.query_first + first;
     for (int64_t r = 0; r < smaller(rows + 1, kQueries); ++r) {  // softmax takes two at a time
@@ -260,38 +243,38 @@ class AttentionBackward {
       });
       delta[r] = sum(total);
     }
+    return {q, g, panels_at(q, q_panels_at_), panels_at(g, g_panels_at_), top, inverse_sum, delta};
   }
 
-  void pack_keys(const AttentionSequence& s, int64_t head, int64_t block, char* mine) const {
+  // Packs the columns of K and V; returns the panels of K.
+  HeadPanels pack_keys(const AttentionSequence& s, int64_t head, int64_t block, char* mine) const {
     const int64_t first = block * kKeys, count = smaller(kKeys, s.keys - first);
-    auto pack = [&](const AttentionOperand& from, int64_t panels_at) {
+    auto pack = [&](const AttentionOperand& from, int64_t at) {
       const T* data = rows_of<const T>(from, s, s.key_first + first, head);
       for (int64_t p = 0; p < count; p += kPanel)
         pack_panel<Mode>(MatrixView<T>{data, 1, from.row_stride}, dim_, p, static_cast<int>(smaller(kPanel, count - p)),
-                         reinterpret_cast<float*>(mine + panels_at) + p * head_units_);
+                         reinterpret_cast<float*>(mine + at) + p * head_units_);
     };
-    pack(args_.key, k_panels_at_);
-    pack(args_.value, v_panels_at_);
-    const T* data = rows_of<const T>(args_.key, s, s.key_first + first, head);
-    for (int64_t p = 0; p < head_panels_; ++p)
-      pack_panel<Mode>(MatrixView<T>{data, args_.key.row_stride, 1}, count, p * kPanel, columns(p),
-                       reinterpret_cast<float*>(mine + k_rows_at_) + p * kKeyUnits * kPanel);
+    pack(args_.key, k_columns_at_);
+    pack(args_.value, v_columns_at_);
+    const T* keys = rows_of<const T>(args_.key, s, s.key_first + first, head);
+    return panels_of_rows<Mode>(units_of_rows<Mode>(keys, args_.key.row_stride, count, dim_, mine + k_rows_at_), count,
+                                dim_, reinterpret_cast<float*>(mine + k_panels_at_));
   }
 
-  // One block of queries with one block of keys. `sum`: dV^T and dK^T, [dim][sum_stride] each.
+  // One block of queries with one block of keys.
   void tile(const AttentionSequence& s, int64_t sequence, int64_t head, int64_t query_block, int64_t key_block,
-            float* sum, char* mine, float* dq, int64_t next, int64_t member) const {
-    const int64_t row = query_block * kQueries, rows = smaller(kQueries, s.queries - row), key = key_block * kKeys;
-    const Block q = queries(mine, query_block);
+            const Block& q, const HeadPanels& k_panels, char* mine, float* dv, float* dk, float* dq, int64_t next,
+            int64_t member) const {
+    const int64_t row = query_block * kQueries, rows = smaller(kQueries, s.queries - row);
+    const int64_t key = key_block * kKeys, keys = smaller(kKeys, s.keys - key);
     auto* keep = reinterpret_cast<uint16_t (*)[8]>(mine + keep_at_);
     if (args_.dropout > 0)
       for (int64_t r = 0; r < rows; ++r) dropout_row(args_, sequence, head, row + r, key_block, keep[r]);
-    float *p_panel = reinterpret_cast<float*>(mine + p_panel_at_),
-          *ds_panel = reinterpret_cast<float*>(mine + ds_panel_at_);
-    Element* ds_rows = reinterpret_cast<Element*>(mine + ds_rows_at_);
 
-    for (int64_t c = 0; c < kKeys && key + c < s.keys; c += kPanel) {
-      RowRange seeing = queries_of(s, row, rows, key + c, kPanel);
+    const float *p = reinterpret_cast<float*>(mine + p_at_), *ds = reinterpret_cast<float*>(mine + ds_at_);
+    for (int64_t c = 0; c < keys; c += kPanel) {
+      const RowRange seeing = queries_of(s, row, rows, key + c, kPanel);
       if (seeing.begin == seeing.end) continue;
       // Whole groups of kRows, which is even: those that dQ is multiplied in.
       const int64_t begin = (seeing.begin - row) / kRows * kRows;
@@ -300,29 +283,36 @@ class AttentionBackward {
       with_bool(modifies(args_), [&](auto modified) {
         with_bool(args_.dropout > 0, [&](auto dropout) {
           for (int64_t r = begin; r < end; r += kStrip)
-            strip<decltype(modified)::value, decltype(dropout)::value>(panel, r, smaller(kStrip, end - r), c, mine,
-                                                                       p_panel, ds_panel, ds_rows + c);
+            strip<decltype(modified)::value, decltype(dropout)::value>(panel, r, smaller(kStrip, end - r), c, mine);
         });
       });
-      const int64_t unit = begin / kPerUnit, units = units_of<Mode>(end) - unit;
-      const int cols = static_cast<int>(smaller(kPanel, s.keys - key - c));
-      multiply_panel<Mode, true>(q.g_columns + unit * 4, column_stride_, p_panel + unit * kPanel, units, dim_, cols,
-                                 sum + c, sum_stride(s));
-      multiply_panel<Mode, true>(q.q_columns + unit * 4, column_stride_, ds_panel + unit * kPanel, units, dim_, cols,
-                                 sum + dim_ * sum_stride(s) + c, sum_stride(s));
+      auto query_units = [&](int64_t k, int64_t n) {
+        const RowRange of = queries_of(s, row, rows, key + c + k, n);
+        return of.begin < of.end ? KeyRange{(of.begin - row) / kPerUnit, units_of<Mode>(of.end - row)} : KeyRange{0, 0};
+      };
+      for_runs(smaller(kPanel, keys - c), query_units, [&](int64_t k, int64_t n, KeyRange of) {
+        auto add = [&](const float* weights, const HeadPanels& panels, float* sums) {
+          for (int64_t i = 0; i < head_panels_; ++i)
+            multiply_panel<Mode, true>({weights + of.begin * kUnitStride + c + k, 4, kUnitStride * 4},
+                                       panels.at(i, of.begin), of.end - of.begin, n, columns(i),
+                                       sums + (c + k) * sum_stride_ + i * kPanel, sum_stride_);
+        };
+        add(p, q.g_panels, dv);
+        add(ds, q.q_panels, dk);
+      });
     }
 
-    auto units = [&](int64_t r, int64_t n) {
+    const Element* ds_rows = reinterpret_cast<const Element*>(mine + ds_rows_at_);
+    auto key_units = [&](int64_t r, int64_t n) {
       const KeyRange of = keys_of(args_, s, row + r, n);
       const int64_t begin = clamp(of.begin - key, 0, kKeys), end = clamp(of.end - key, 0, kKeys);
       return begin < end ? KeyRange{begin / kPerUnit, units_of<Mode>(end)} : KeyRange{0, 0};
     };
-    const float* k_rows = reinterpret_cast<const float*>(mine + k_rows_at_);
-    for_runs(rows, units, [&](int64_t r, int64_t n, KeyRange of) {
-      for (int64_t p = 0; p < head_panels_; ++p)
-        multiply_panel<Mode, true>(ds_rows + r * kDsStride + of.begin * kPerUnit, kDsStride * kSize,
-                                   k_rows + (p * kKeyUnits + of.begin) * kPanel, of.end - of.begin, n, columns(p),
-                                   dq + r * dq_stride_ + p * kPanel, dq_stride_);
+    for_runs(rows, key_units, [&](int64_t r, int64_t n, KeyRange of) {
+      for (int64_t i = 0; i < head_panels_; ++i)
+        multiply_panel<Mode, true>({ds_rows + r * kRowStride + of.begin * kPerUnit, kRowStride * kSize},
+                                   k_panels.at(i, of.begin), of.end - of.begin, n, columns(i),
+                                   dq + r * sum_stride_ + i * kPanel, sum_stride_);
     });
   }
 
@@ -336,21 +326,23 @@ class AttentionBackward {
 
   // Rows [first, first + count) of a panel, which stands at column `column` of its block of keys.
   template <bool kModified, bool kDropout>
-  void strip(const Panel& panel, int64_t first, int64_t count, int64_t column, char* mine, float* p_panel,
-             float* ds_panel, Element* ds_rows) const {
+  void strip(const Panel& panel, int64_t first, int64_t count, int64_t column, char* mine) const {
     const AttentionSequence& s = panel.s;
     const Block& q = panel.q;
     float *scores = reinterpret_cast<float*>(mine + scores_at_), *dp = reinterpret_cast<float*>(mine + dp_at_);
     float* slopes = kModified && args_.softcap != 0 ? reinterpret_cast<float*>(mine + slopes_at_) : nullptr;
-    auto multiply = [&](const char* rows, int64_t panels_at, float* out) {
-      multiply_scores<Mode>(args_, s, panel.row + first, count, rows + first * row_stride_, row_stride_,
-                            reinterpret_cast<const float*>(mine + panels_at) + column * head_units_, head_units_,
+    float *p_units = reinterpret_cast<float*>(mine + p_at_), *ds_units = reinterpret_cast<float*>(mine + ds_at_);
+    Element* ds_rows = reinterpret_cast<Element*>(mine + ds_rows_at_);
+    auto multiply = [&](const UnitView& rows, int64_t columns_at, float* out) {
+      multiply_scores<Mode>(args_, s, panel.row + first, count, rows.from(first),
+                            reinterpret_cast<const float*>(mine + columns_at) + column * head_units_, head_units_,
                             panel.key, out, kPanel);
     };
-    multiply(q.q_rows, k_panels_at_, scores);
-    multiply(q.g_rows, v_panels_at_, dp);
+    multiply(q.q_rows, k_columns_at_, scores);
+    multiply(q.g_rows, v_columns_at_, dp);
 
     const float factor = logit_factor(args_), kept = 1.0f / (1.0f - args_.dropout);
+    const int64_t columns_here = smaller(kPanel, s.keys - panel.key);
     for (int64_t r = 0; r < count; r += 2) {
       KeyRange own[2];
       for (int i = 0; i < 2; ++i) {
@@ -362,7 +354,9 @@ class AttentionBackward {
           modify_scores(args_, s, panel.head, row, {own[i].begin + panel.key, own[i].end + panel.key}, panel.key,
                         scores + (r + i) * kPanel, slopes ? slopes + (r + i) * kPanel : nullptr);
       }
-      for (int64_t c = 0; c < smaller(kPanel, s.keys - panel.key); c += kLanes) {
+      // As far as a product reads these rows: a group of kRows, of queries or of keys, sees so many keys more.
+      const int64_t low = smaller(own[0].begin, own[1].begin) - kRows, high = larger(own[0].end, own[1].end) + kRows;
+      for (int64_t c = larger(low, 0) / kLanes * kLanes; c < smaller(high, columns_here); c += kLanes) {
         Vec p[2], ds[2];
         for (int i = 0; i < 2; ++i) {
           const int64_t at = first + r + i, place = (r + i) * kPanel + c;
@@ -381,13 +375,19 @@ class AttentionBackward {
             if (args_.bias.grad) add_bias_gradient(panel, at, c, own[i], ds[i]);
             if (slopes) ds[i] = within(ds[i] * load(slopes + place), c, own[i], 0);
           }
-          if (at < panel.end) store(ds_rows + at * kDsStride + c, ds[i]);
+          if (at < panel.end) store(ds_rows + at * kRowStride + column + c, ds[i]);
         }
-        const int64_t to = (first + r) / kPerUnit * kPanel + c;
-        store_row_pair<Mode>(p_panel + to, p[0], p[1]);
-        store_row_pair<Mode>(ds_panel + to, ds[0], ds[1]);
+        store_units(p_units + (first + r) / kPerUnit * kUnitStride + column + c, p);
+        if constexpr (kPerUnit == 2) store_units(ds_units + (first + r) / 2 * kUnitStride + column + c, ds);
       }
     }
+  }
+
+  // Of two neighbouring queries.
+  static void store_units(float* to, const Vec (&rows)[2]) {
+    if constexpr (kPerUnit == 2) return store_row_pair<Mode>(to, rows[0], rows[1]);
+    store(to, rows[0]);
+    store(to + kUnitStride, rows[1]);
   }
 
   void prefetch(int64_t key_head, int64_t member, int64_t row) const {
@@ -417,10 +417,10 @@ class AttentionBackward {
     for (int64_t i = begin; i < end; ++i) at[i] += ds[i];
   }
 
-  template <class Row>
-  void write_dq(const AttentionSequence& s, int64_t head, int64_t row, const Row& sums) const {
-    T* to = rows_of<T>(args_.grad_query, s, s.query_first + row, head);
-    for_lanes(dim_, [&](int64_t c, int lanes) { store_lanes(to + c, sums(c) * args_.scale, lanes); });
+  // One row of a gradient: sums(c), times a factor.
+  template <class Sums>
+  void write_row(T* to, float factor, const Sums& sums) const {
+    for_lanes(dim_, [&](int64_t c, int lanes) { store_lanes(to + c, sums(c) * factor, lanes); });
   }
 
   void add_parts(int64_t key_head, int64_t member, int64_t block, int64_t parts, const int64_t* cuts, const float* dq,
@@ -437,36 +437,20 @@ class AttentionBackward {
       if (rows.begin / kQueries <= block && block < ceil_div(rows.end, kQueries)) summed[count++] = part;
     }
     for (int64_t row = block * kQueries; row < last; ++row)
-      write_dq(s, head, row, [&](int64_t c) {
+      write_row(rows_of<T>(args_.grad_query, s, s.query_first + row, head), args_.scale, [&](int64_t c) {
         Vec total{};
-        for (int64_t i = 0; i < count; ++i) total += load(dq + summed[i] * part_stride + row * dq_stride_ + c);
+        for (int64_t i = 0; i < count; ++i) total += load(dq + summed[i] * part_stride + row * sum_stride_ + c);
         return total;
-      });
-  }
-
-  // The columns of sums [dim][sum_stride], times a factor, as rows of a gradient.
-  void write_columns(const AttentionSequence& s, const AttentionOperand& grad, int64_t head, int64_t block,
-                     const float* of, float factor) const {
-    const int64_t first = block * kKeys, count = smaller(kKeys, s.keys - first);
-    for (int64_t k = 0; k < count; k += kLanes)
-      for_lanes(dim_, [&](int64_t c, int lanes) {
-        Vec square[kLanes];
-        for (int i = 0; i < kLanes; ++i)
-          square[i] = i < lanes ? load(of + (c + i) * sum_stride(s) + k) * factor : Vec{};
-        transpose_units(square);
-        for (int i = 0; i < kLanes && k + i < count; ++i)
-          store_lanes(rows_of<T>(grad, s, s.key_first + first + k + i, head) + c, square[i], lanes);
       });
   }
 
   const AttentionArgs& args_;
   const Threads& threads_;
-  const int64_t group_, dim_, head_units_, head_panels_, row_stride_, column_stride_,
-      dq_stride_;  // strides: bytes, bytes, floats
+  const int64_t group_, dim_, head_units_, head_panels_, sum_stride_;  // sum_stride_: floats between rows of sums
   int64_t query_blocks_ = 0, key_blocks_ = 0;
-  int64_t q_rows_at_, g_rows_at_, q_columns_at_, g_columns_at_, stats_at_, block_bytes_;
-  int64_t blocks_at_, sums_at_, k_panels_at_, v_panels_at_, k_rows_at_, scores_at_, dp_at_, slopes_at_, p_panel_at_,
-      ds_panel_at_, ds_rows_at_, keep_at_, thread_bytes_;
+  int64_t q_rows_at_, g_rows_at_, q_panels_at_, g_panels_at_, stats_at_, block_bytes_;
+  int64_t blocks_at_, list_at_, sums_at_, k_columns_at_, v_columns_at_, k_rows_at_, k_panels_at_, scores_at_, dp_at_,
+      slopes_at_, p_at_, ds_at_, ds_rows_at_, keep_at_, thread_bytes_;
 };
 
 }  // namespace

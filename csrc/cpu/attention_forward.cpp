@@ -178,7 +178,7 @@ class AttentionForward {
     const KeyRange keys = keys_of(args_, s, strip.row, strip.rows);
     const int64_t last = smaller(keys.end - strip.key, kKeyBlock), out_stride = head_panels_ * kPanel;
     for (int64_t p = (keys.begin > strip.key ? keys.begin - strip.key : 0) / kPanel * kPanel; p < last; p += kPanel)
-      multiply_scores<Mode>(args_, s, strip.row, strip.rows, q, q_stride_, key_panel(packed, strip.key + p),
+      multiply_scores<Mode>(args_, s, strip.row, strip.rows, {q, q_stride_}, key_panel(packed, strip.key + p),
                             head_units_, strip.key + p, scores + p, kKeyBlock);
 
     auto seen = [&](int64_t r, int64_t n) {
@@ -208,9 +208,9 @@ class AttentionForward {
     };
     for_runs(strip.rows, units, [&](int64_t r, int64_t n, KeyRange of) {
       for (int64_t p = 0; p < head_panels_; ++p)
-        multiply_panel<Mode, true>(weights + r * kKeyBlock + of.begin * Mode::kPerUnit, kKeyBlock * kSize,
-                                   value_panel(packed, strip.key / kKeyBlock, p) + of.begin * kPanel, of.end - of.begin,
-                                   n, columns(p), out + r * out_stride + p * kPanel, out_stride);
+        multiply_panel<Mode, true>({weights + r * kKeyBlock + of.begin * Mode::kPerUnit, kKeyBlock * kSize},
+                                   {value_panel(packed, strip.key / kKeyBlock, p) + of.begin * kPanel},
+                                   of.end - of.begin, n, columns(p), out + r * out_stride + p * kPanel, out_stride);
     });
   }
 

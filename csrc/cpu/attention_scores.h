@@ -81,18 +81,65 @@ BMF_INLINE void for_runs(int64_t rows, const Range& range, const F& f) {
   }
 }
 
+// Rows of a head, [count, dim], as the A operand of a product over dim: in place where memory has the form, and whole
+// registers that a panel of them (below) would read; otherwise in `copy`, of count copied_row_bytes(dim).
+template <class Mode>
+int64_t copied_row_bytes(int64_t dim) {
+  return ceil_div(units_of<Mode>(dim), kLanes) * kLanes * 4;
+}
+template <class Mode, class T>
+UnitView units_of_rows(const T* data, int64_t row_stride, int64_t count, int64_t dim, void* copy) {
+  constexpr int kWhole = Mode::kPerUnit == 1 ? kLanes : Mode::kPerUnit;
+  if (std::is_same_v<T, typename Mode::Element> && dim % kWhole == 0)
+    return {data, row_stride * static_cast<int64_t>(sizeof(T))};
+  const int64_t stride = copied_row_bytes<Mode>(dim);
+  pack_rows<Mode>(MatrixView<T>{data, row_stride, 1}, dim, 0, static_cast<int>(count), static_cast<float*>(copy),
+                  stride / 4);
+  return {copy, stride};
+}
+
+// The same rows as the B operand of a product over them, panel by panel of their columns. A unit of one number is a row
+// of B as it lies in memory; pairs are interleaved in `copy`, panels_bytes long.
+struct HeadPanels {
+  const float* data;
+  int64_t unit_stride, panel_stride;  // in floats
+  PanelView at(int64_t panel, int64_t unit) const {
+    return {data + panel * panel_stride + unit * unit_stride, unit_stride};
+  }
+};
+template <class Mode>
+int64_t panels_bytes(int64_t count, int64_t dim) {
+  return Mode::kPerUnit == 1 ? 0 : units_of<Mode>(count) * ceil_div(dim, kPanel) * kPanel * 4;
+}
+template <class Mode>
+HeadPanels panels_of_rows(const UnitView& rows, int64_t count, int64_t dim, float* copy) {
+  using Element = typename Mode::Element;
+  const auto* data = static_cast<const Element*>(rows.data);
+  const int64_t row_stride = rows.row_stride / static_cast<int64_t>(sizeof(Element));
+  if constexpr (Mode::kPerUnit == 1) {
+    return {data, row_stride, kPanel};
+  } else {
+    const int64_t panel_stride = units_of<Mode>(count) * kPanel;
+    for (int64_t col = 0; col < dim; col += kPanel)
+      pack_panel<Mode>(MatrixView<Element>{data, row_stride, 1}, count, col,
+                       static_cast<int>(smaller(kPanel, dim - col)), copy + col / kPanel * panel_stride);
+    return {copy, kPanel, panel_stride};
+  }
+}
+
 // out[r][kPanel] = a[r] times one packed panel of keys that starts at `key`, for r < rows, as far as the rows see it.
 template <class Mode>
-void multiply_scores(const AttentionArgs& args, const AttentionSequence& s, int64_t row, int64_t rows, const char* a,
-                     int64_t a_stride, const float* panel, int64_t units, int64_t key, float* out, int64_t out_stride) {
+void multiply_scores(const AttentionArgs& args, const AttentionSequence& s, int64_t row, int64_t rows,
+                     const UnitView& a, const float* panel, int64_t units, int64_t key, float* out,
+                     int64_t out_stride) {
   auto columns = [&](int64_t r, int64_t n) {
     const KeyRange keys = keys_of(args, s, row + r, n);
     const int64_t end = smaller(keys.end - key, kPanel);
     return keys.begin < key + kPanel && end > 0 ? KeyRange{0, ceil_div(end, kLanes) * kLanes} : KeyRange{0, 0};
   };
   for_runs(rows, columns, [&](int64_t r, int64_t n, KeyRange keys) {
-    multiply_panel<Mode, false>(a + r * a_stride, a_stride, panel, units, n, static_cast<int>(keys.end),
-                                out + r * out_stride, out_stride);
+    multiply_panel<Mode, false>(a.from(r), {panel}, units, n, static_cast<int>(keys.end), out + r * out_stride,
+                                out_stride);
   });
 }
 

@@ -196,7 +196,7 @@ class Steps {
     for (int64_t s = 0; s < sweeps; ++s) {
       const int64_t unit = units * s / sweeps, here = units * (s + 1) / sweeps - unit;
       const auto product = s == 0 ? multiply_panel<Mode, false> : multiply_panel<Mode, true>;
-      product(static_cast<const char*>(a) + unit * 4, a_stride, b + unit * kPanel, here, rows, cols, tile, kPanel);
+      product({static_cast<const char*>(a) + unit * 4, a_stride}, {b + unit * kPanel}, here, rows, cols, tile, kPanel);
     }
   }
 
