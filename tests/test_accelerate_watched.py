@@ -95,6 +95,30 @@ def test_a_part_that_is_watched_is_called(part: str, how: str) -> None:
     assert seen == ([] if "compiled" in how else [part])
 
 
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs):
+        return 2 * self.inner(*inputs)
+
+
+@pytest.mark.parametrize("part", ["intermediate", "output"])
+def test_a_part_in_another_module_is_called(part: str) -> None:
+    pytest.importorskip("transformers", minversion="5", reason="transformers 5 is not installed")
+    import test_accelerate_transformers as others
+
+    stock = others.make("bert").eval()
+    fast = copy.deepcopy(stock)
+    bmf.accelerate(fast)
+    for model in (stock, fast):
+        layer = model.bert.encoder.layer[0]
+        setattr(layer, part, Around(layer.get_submodule(part)))
+    given = {"input_ids": others.TOKENS, "attention_mask": others.RIGHT}
+    torch.testing.assert_close(fast(**given).logits[0], stock(**given).logits[0], rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_whose_modules_are_all_hooked_is_left_alone() -> None:
     """Trying out what modules compute would call the hooks."""
     model = seeded(Net)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from bigmodel_fast.models import (
     translate,
 )
 from bigmodel_fast.models.layers import EncoderLayer, LayerShape
+from bigmodel_fast.models.mlp import dense_layers
 from bigmodel_fast.nn import parts
 
 VOCABULARY, WIDTH = 60, 32
@@ -249,6 +251,67 @@ def test_dense_layers_that_do_more_are_called() -> None:
     for name in leaves(expected):
         replace(expected, name, Opaque)
     torch.testing.assert_close(model(TOKENS), expected(TOKENS), rtol=1e-4, atol=1e-4)
+
+
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class AddOne(nn.Identity):
+    def forward(self, x):
+        return x + 1
+
+
+def dense(*more: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), *more)
+
+
+def test_an_mlp_calls_what_is_more_than_a_row_of_layers() -> None:
+    seen: list[nn.Module] = []
+    hooked = dense()
+    hooked.register_forward_hook(lambda m, *_: seen.append(m))
+    for part in (Residual(*dense()), hooked, AddOne(), dense(Residual(*dense()))):
+        model, x = MLP([WIDTH, WIDTH, 4]), torch.randn(3, WIDTH)
+        model[1] = part
+        seen.clear()
+        torch.testing.assert_close(model(x), nn.Sequential.forward(model, x))
+        assert len(seen) == (2 if part is hooked else 0)
+        with pytest.raises(ValueError, match="an MLP "):
+            dense_layers(model)
+
+
+def test_modules_that_come_again_in_an_mlp() -> None:
+    relu, linear = nn.ReLU(), nn.Linear(WIDTH, WIDTH)
+    layers = dense_layers(nn.Sequential(nn.Linear(4, WIDTH), relu, linear, relu))
+    assert [layer.activation for layer in layers] == ["relu", "relu"]
+    with pytest.raises(ValueError, match="each Linear once, got one again at 2"):
+        dense_layers(nn.Sequential(linear, relu, linear))
+
+
+def test_vits_mlp_calls_what_stands_between_its_dense_layers() -> None:
+    model, call = example("vit")
+    expected, mlp = call(model), cast(ViT, model).encoder.layers[0].mlp
+    for part in (nn.GELU("tanh"), nn.ReLU()):
+        mlp[1] = part
+        assert not torch.equal(call(model), expected)
+    mlp[1], mlp[2] = nn.GELU(), nn.Dropout(0.5).train()
+    assert not torch.equal(call(model), expected)
+
+
+def test_an_embedding_that_looks_up_in_its_own_way_is_tied_by_what_it_gives() -> None:
+    model, call = example("gpt2")
+    expected = call(model)
+    model.embedding.__class__ = Doubled  # type: ignore[union-attr]
+    halved = copy.deepcopy(model)
+    with torch.no_grad():
+        halved.embedding.weight *= 0.5  # type: ignore[union-attr, operator]
+    torch.testing.assert_close(call(halved), expected, rtol=1e-4, atol=1e-4)
+
+
+class Doubled(nn.Embedding):
+    def forward(self, tokens):
+        return 2 * super().forward(tokens)
 
 
 def test_an_embedding_keeps_its_options() -> None:

@@ -185,7 +185,14 @@ class FastBertOutput(Fast):
         return self.LayerNorm(summed)
 
 
+def _rebuilt(intermediate: nn.Module, output: nn.Module) -> bool:
+    """Whether these two have other children than FastBertMLP knows."""
+    return output._modules.keys() != set(_OUTPUT) or "dense" not in intermediate._modules
+
+
 def _bert_mlp_reason(module: Any) -> str | None:
+    if _rebuilt(*swap.children(module, "intermediate", "output")):
+        return "intermediate or output was replaced"
     if reason := swap.first_not_plain(module, (("dense", module.intermediate.dense, nn.Linear.forward),)):
         return f"intermediate.{reason}"
     for name in ("intermediate", "output"):
@@ -205,7 +212,7 @@ class FastBertMLP(Fast):
         intermediate, output = (module._modules.get(name) for name in ("intermediate", "output"))
         if intermediate is None or output is None or not hasattr(module, "feed_forward_chunk"):
             return None
-        if set(output._modules) != set(_OUTPUT) or "dense" not in intermediate._modules:
+        if _rebuilt(intermediate, output):
             return None
         activation = probe.activation(getattr(intermediate, "intermediate_act_fn", None))
         if activation is None:
@@ -247,7 +254,7 @@ class FastBertLayer(FastBertMLP):
 
     def _parts(self: Any) -> post_norm.Parts | None:
         attention, intermediate, output = swap.children(self, "attention", "intermediate", "output")
-        if not interface.is_class(attention, ATTENTION_BLOCKS):
+        if not interface.is_class(attention, ATTENTION_BLOCKS) or _rebuilt(intermediate, output):
             return None
         inner, added = swap.children(attention, "self", "output")
         if not all(isinstance(m, kind) for m, kind in ((inner, FastBertAttention), (added, FastBertOutput))):

@@ -148,11 +148,13 @@ def _read(model: torch.nn.Module) -> list[DenseLayer] | str:
     """The layers, or why there is none of these."""
     layers: list[DenseLayer] = []
     for name, module in _leaves(model, ""):
+        if any(module is layer.linear for layer in layers):
+            return f"an MLP has each Linear once, got one again at {name}"
         if isinstance(module, torch.nn.Linear) and plain(module):
             layers.append(DenseLayer(name, module, None, None))
         elif not untouched(module, type(module)):
             return f"an MLP has no hooks and no forward of its own, got a {type(module).__name__} with one at {name}"
-        elif isinstance(module, torch.nn.Identity) or (isinstance(module, torch.nn.Flatten) and not layers):
+        elif type(module) is torch.nn.Identity or (type(module) is torch.nn.Flatten and not layers):
             continue
         elif not layers:
             return f"an MLP begins with a Linear, got {type(module).__name__} at {name}"
@@ -172,8 +174,10 @@ def _read(model: torch.nn.Module) -> list[DenseLayer] | str:
 
 
 def _leaves(module: torch.nn.Module, name: str) -> Iterator[tuple[str, torch.nn.Module]]:
-    if isinstance(module, torch.nn.Sequential):
-        for key, child in module.named_children():
+    in_a_row = type(module).forward in (torch.nn.Sequential.forward, MLP.forward)
+    if in_a_row and (not name or untouched(module, type(module))):
+        for key, child in module._modules.items():  # named_children leaves out what comes again
+            assert child is not None
             yield from _leaves(child, f"{name}.{key}" if name else key)
     else:
         yield name, module

@@ -76,8 +76,17 @@ class MLP(torch.nn.Sequential):
             torch.nn.init.normal_(linear.bias, std=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.fits_one_operator:
+            return super().forward(x)
         up, down = self.dense
         return parts.mlp(x, up, down, activation=self.activation)
+
+    @property
+    def fits_one_operator(self) -> bool:
+        """Whether there is a gelu between the Linears, and nothing else that does or sees something."""
+        gelu, between = self[1], self[2]
+        usual = untouched(gelu, torch.nn.GELU) and untouched(between, torch.nn.Identity)
+        return usual and len(self) == 4 and gelu.approximate == "none"
 
     @property
     def dense(self) -> tuple[torch.nn.Linear, torch.nn.Linear]:
@@ -107,8 +116,12 @@ class Block(torch.nn.Module):
         attention, mlp, dropout = self.self_attention, self.mlp, self.dropout
         if not normed.is_cpu or torch.compiler.is_compiling():
             return None
-        parts = ((attention, SelfAttention), (mlp, MLP), (dropout, torch.nn.Dropout))
-        if not all(untouched(*part) for part in parts) or (dropout.training and dropout.p > 0):
+        usual = ((attention, SelfAttention), (mlp, MLP), (dropout, torch.nn.Dropout))
+        if (
+            not all(untouched(*part) for part in usual)
+            or not mlp.fits_one_operator
+            or (dropout.training and dropout.p > 0)
+        ):
             return None
         if attention.training and (attention.dropout or attention.attention_dropout):
             return None

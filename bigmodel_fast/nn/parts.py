@@ -83,8 +83,8 @@ def rows(table: Any, start: int, end: int, device: torch.device) -> Tensor:
 def tied(table: Any, classes: int, device: torch.device) -> Tensor:
     """The weight [classes, width] of an output layer tied to an embedding.
 
-    Of a module that is no torch.nn.Embedding (with an adapter, say) it is what that makes of each token.
+    Of a module that looks tokens up in another way (with an adapter, say) it is what that makes of each token.
     """
-    if isinstance(table, torch.nn.Embedding):
+    if type(table).forward is torch.nn.Embedding.forward:
         return table.weight
     return table(torch.arange(classes, device=device))

@@ -36,7 +36,6 @@ class Weights(NamedTuple):
     norm2_bias: Tensor
 
 
-_NARROW = "_bmf_narrow"  # on a layer's output: its version, and the same in the dtype of the products
 _MATRICES = Weights._fields.index("query_bias")  # so many stand first
 
 
@@ -96,18 +95,7 @@ def encoder_layer(
     elif first:
         rows = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1])
     keeps = _dense.needs_grad(x, *weights)
-    arguments = (rows, query_starts, starts, lengths, shape, seeds, keeps)
-    y, narrow = _EncoderLayer.apply(x, _narrowed(x, dtype), *arguments, *weights)
-    if narrow is not None and not y.is_inference():  # which have no version
-        setattr(y, _NARROW, (y._version, narrow))
-    return y
-
-
-def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as rows of `dtype`; the layer before has left them, if x is still what it was."""
-    version, narrow = getattr(x, _NARROW, (None, x))
-    kept = version is not None and version == x._version and narrow.dtype is dtype
-    return _dense.rows(narrow if kept else x.detach().to(dtype))
+    return _EncoderLayer.apply(x, rows, query_starts, starts, lengths, dtype, shape, seeds, keeps, *weights)
 
 
 def _fit(width: int, w: Weights, head_dim: int) -> bool:
@@ -130,18 +118,19 @@ class _EncoderLayer(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        narrow: Tensor,
         rows: Tensor | None,
         query_starts: Tensor | None,
         starts: Tensor | None,
         lengths: Tensor | None,
+        dtype: torch.dtype,
         shape: Shape,
         seeds: list[Tensor | None],
         keeps: bool,
         *weights: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor:
         call, w = torch.ops.bigmodel_fast, Weights(*weights)
-        stream, dtype = _dense.rows(x), narrow.dtype
+        stream = _dense.rows(x)
+        narrow = stream.to(dtype)
         biases = [_dense.wide(w.query_bias), _dense.wide(w.key_bias), _dense.wide(w.value_bias)]
         if rows is None:
             asking, qkv = narrow, call.linears_fwd(narrow, [w.query, w.key, w.value], biases)
@@ -157,33 +146,32 @@ class _EncoderLayer(torch.autograd.Function):
         sum1, _ = call.linear_fwd(
             _layers.to_tokens(attended), w.out, _dense.wide(w.out_bias), "none", False, stream, seeds[1], shape.dropout1
         )
-        y, y_narrow, mean1, rstd1 = _layers.layer_norm_twice(sum1, w.norm1, w.norm1_bias, shape.eps1, dtype)
+        if dtype is x.dtype:
+            y, _, mean1, rstd1 = call.layer_norm_fwd(sum1, w.norm1, w.norm1_bias, None, shape.eps1, dtype)
+            y_narrow = y
+        else:
+            y, y_narrow, mean1, rstd1 = call.layer_norm_twice_fwd(sum1, w.norm1, w.norm1_bias, shape.eps1)
         biases = [_dense.wide(w.up_bias), _dense.wide(w.down_bias)]
         sum2, pre = call.mlp_fwd(
             y_narrow, w.up, biases[0], w.down, biases[1], shape.activation, keeps, y, seeds[2], shape.dropout2
         )
-        total = sum2.view(x.shape if rows is None else (x.shape[0], -1, x.shape[-1]))
-        z, z_narrow, mean2, rstd2 = _layers.layer_norm_twice(total, w.norm2, w.norm2_bias, shape.eps2, dtype)
-        ctx.shape, ctx.options, ctx.x_shape = shape, options, x.shape
+        z, _, mean2, rstd2 = call.layer_norm_fwd(sum2, w.norm2, w.norm2_bias, None, shape.eps2, x.dtype)
+        ctx.shape, ctx.dtype, ctx.options, ctx.x_shape = shape, dtype, options, x.shape
         ctx.dtypes = _layers.dtypes_of(weights)
         ctx.save_for_backward(
             *(narrow, asking, q, k, v, attended, stats, sum1, mean1, rstd1, y_narrow, pre, sum2, mean2, rstd2),
             *(rows, query_starts, starts, lengths, *seeds, *_layers.without_biases(w)),
         )
-        if z_narrow is z:
-            return z, None
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(z_narrow)
-        return z, z_narrow
+        return _dense.shaped(z, x.shape if rows is None else (x.shape[0], len(z) // x.shape[0], x.shape[-1]))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dz: Tensor, _: None) -> Any:
+    def backward(ctx: Any, dz: Tensor) -> Any:
         narrow, asking, q, k, v, attended, stats, sum1, mean1, rstd1, y_narrow, pre, sum2, mean2, rstd2, *rest = (
             ctx.saved_tensors
         )
         rows, query_starts, starts, lengths, *seeds = rest[:7]
-        w, call, shape, dtype = Weights(*rest[7:]), torch.ops.bigmodel_fast, ctx.shape, narrow.dtype
+        w, call, shape, dtype = Weights(*rest[7:]), torch.ops.bigmodel_fast, ctx.shape, ctx.dtype
         wants = Weights(*ctx.needs_input_grad[-len(w) :])
 
         dsum2, dmlp, dnorm2, dnorm2_bias = _layers.layer_norm_bwd(

@@ -59,17 +59,6 @@ def to_tokens(t: Tensor) -> Tensor:
     return t.flatten(1) if t.dim() == 3 else t.transpose(1, 2).reshape(-1, t.shape[-1] * t.shape[1])
 
 
-def layer_norm_twice(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The norm of x in x's dtype and in `dtype`, and of each row the mean and the reciprocal deviation."""
-    call = torch.ops.bigmodel_fast
-    if x.dtype is not dtype:
-        return call.layer_norm_twice_fwd(x, weight, bias, eps)
-    y, _, mean, rstd = call.layer_norm_fwd(x, weight, bias, None, eps, dtype)
-    return y, y, mean, rstd
-
-
 def layer_norm_bwd(
     grad: Tensor,
     grad_sum: Tensor | None,
