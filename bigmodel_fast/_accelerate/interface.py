@@ -99,8 +99,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def watched(module: nn.Module) -> bool:
     """Whether a module has to be called, and by its own forward."""
-    called = "forward" in module.__dict__ or module._compiled_call_impl is not None
-    return called or has_hooks(module) or swap.all_hooked() is not None
+    return swap.all_hooked() is not None or swap.watched(module, has_hooks) is not None
 
 
 # ---- what is registered ----

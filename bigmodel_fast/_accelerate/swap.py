@@ -7,6 +7,7 @@ stay where they are, and `restore` is the original class put back.
 
 import inspect
 import types
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -131,19 +132,19 @@ def children(module: Any, *names: str) -> list[Any]:
     return [module._modules[name] for name in names]
 
 
-def watched(module: nn.Module) -> str | None:
-    """Why a module has to be called by its own forward: someone watches or replaces it."""
-    if hooked(module):
-        return "has hooks"
-    if module._compiled_call_impl is not None:
-        return "was compiled on its own"
-    return FORWARD_REPLACED if "forward" in module.__dict__ else None
-
-
 def hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def watched(module: nn.Module, has_hooks: Callable[[nn.Module], bool] = hooked) -> str | None:
+    """Why a module has to be called by its own forward: someone watches or replaces it."""
+    if has_hooks(module):
+        return "has hooks"
+    if module._compiled_call_impl is not None:
+        return "was compiled on its own"
+    return FORWARD_REPLACED if "forward" in module.__dict__ else None
 
 
 def all_hooked() -> str | None:
